@@ -1,0 +1,305 @@
+// The consumer warpgroups: S^T = K Q^T, P^T = exp2(S^T scale - m), O^T += V^T P^T, tile by tile.
+//
+// Up to 32 rows, a warpgroup owns every second tile of a piece, with statistics and O^T of its own. With 64 rows both
+// work on the same tile: each scores 32 of the rows, and accumulates O^T for half of dv and all rows.
+//
+// Fragment of a 64 x N result: thread t of a warpgroup holds M = 16 (t / 32) + (t % 32) / 4 (+ 8) and
+// N = 8 j + 2 (t % 4) (+ 1), as d[4 j + 2 (M half) + (N parity)]. N is a query row; M is a key (S^T) or a latent
+// column (O^T).
+#pragma once
+
+#include "storage.cuh"
+
+namespace etap {
+
+constexpr float kNoReference = -1e30f;  // reference maximum of a row that has seen no key; finite, so that no NaN arises
+constexpr float kReferenceSlack = 8.0f; // scores may exceed the reference maximum by this much, in log2 units
+
+template <class Cfg>
+struct ConsumerState {
+  static constexpr int kStats = Cfg::kScoreRows / 4;  // rows that one thread holds statistics of
+  float out[Cfg::kOutChunks][Cfg::kPvRows / 2];       // O^T
+  float reference[kStats];                            // log2 units; the same in all threads of the warpgroup
+  float sum[kStats];                                  // of this thread's keys alone
+  bool fresh;                                         // no tile of this piece seen yet
+  int group, warp, lane;                              // warp: within the warpgroup
+
+  // The query row (in this warpgroup's score tile) of statistics i.
+  ETAP_DEVICE int row_of(int i) const { return 8 * (i / 2) + 2 * (lane & 3) + (i & 1); }
+  ETAP_DEVICE void reset() {
+    fresh = true;
+#pragma unroll
+    for (int c = 0; c < Cfg::kOutChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < Cfg::kPvRows / 2; ++i) out[c][i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kStats; ++i) {
+      reference[i] = kNoReference;
+      sum[i] = 0.0f;
+    }
+  }
+};
+
+// What the mask of a piece needs.
+struct MaskBounds {
+  int len;         // keys of the request
+  int row0;        // first row of this warpgroup's score tile
+  int causal_gap;  // if causal: a row of token t sees keys 0 .. causal_gap + t
+};
+
+// Loads the piece's query rows; rows past the request's become zero. Neighbouring threads share a row.
+template <class Cfg>
+ETAP_DEVICE void load_query(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece, int thread) {
+  constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;                 // threads of one row
+  constexpr int kLatent = kLatentChunks * 8 / kLanes, kRope = (8 + kLanes - 1) / kLanes;  // 16-byte vectors of each
+  int const r = thread / kLanes, lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + r;
+  bool const valid = row < piece.q_len * p.num_heads;
+  uint4 const* nope = static_cast<uint4 const*>(p.q_nope);
+  uint4 const* rope = static_cast<uint4 const*>(p.q_rope);
+  if (valid) {
+    nope += row_offset(p, p.q_nope_stride, piece.request, piece.token0, row) / 8;
+    rope += row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8;
+  }
+  uint4 value[kLatent + kRope];
+#pragma unroll
+  for (int k = 0; k < kLatent + kRope; ++k) {
+    int const v = k < kLatent ? lane + k * kLanes : lane + (k - kLatent) * kLanes;
+    value[k] = make_uint4(0, 0, 0, 0);
+    if (valid && (k < kLatent || v < 8)) value[k] = __ldg((k < kLatent ? nope : rope) + v);
+  }
+#pragma unroll
+  for (int k = 0; k < kLatent + kRope; ++k) {
+    int const v = k < kLatent ? lane + k * kLanes : kLatentChunks * 8 + lane + (k - kLatent) * kLanes;
+    if (k < kLatent || v < kTileChunks * 8) {
+      *reinterpret_cast<uint4*>(smem.query[v / 8] + swizzled(r, v % 8)) = value[k];
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+}
+
+// Fills the piece's row targets.
+template <class Cfg>
+ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInfo const& piece, int thread) {
+  if (thread >= Cfg::kRowTile) return;
+  int const row = piece.row_tile * Cfg::kRowTile + thread;
+  RowTarget target{-1, 0};
+  if (row < piece.q_len * p.num_heads) {
+    target.out = row_offset(p, p.out_stride, piece.request, piece.token0, row);
+    target.lse = row_offset(p, p.lse_stride, piece.request, piece.token0, row);
+  }
+  rows[thread] = target;
+}
+
+// S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
+template <class T, class Cfg>
+ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool gathered, int score_row0,
+                            float (&scores)[Cfg::kScoreRows / 2]) {
+  uint32_t const query = shared_address(smem.query) + score_row0 * 128;
+#pragma unroll
+  for (int c = 0; c < kTileChunks; ++c) {
+    smem.control.full[at.slot].wait(at.parity);
+    if (gathered) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
+    uint32_t const k = shared_address(smem.ring[at.slot]);
+    uint32_t const q = query + (c == 0 ? kLatentChunks : c - 1) * (Cfg::kRowTile * 128);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int j = 0; j < kChunkCols / 16; ++j) {
+      wgmma<T, Cfg::kScoreRows, Major::K>(tile_descriptor(k + j * 32), tile_descriptor(q + j * 32), scores,
+                                          c == 0 && j == 0 ? ScaleOut::Zero : ScaleOut::One);
+    }
+    cute::warpgroup_commit_batch();
+    at.advance();
+  }
+  cute::warpgroup_wait<0>();
+}
+
+// Sets masked scores so that scale x score is -inf, whatever lay in the cache slot.
+template <class Cfg>
+ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, ConsumerState<Cfg> const& st, int tile,
+                             float (&scores)[Cfg::kScoreRows / 2]) {
+  float const masked = p.scale_log2 < 0 ? INFINITY : -INFINITY;
+  int const key = tile * kTileKeys + st.warp * 16 + st.lane / 4;
+#pragma unroll
+  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
+    int limit = mask.len;
+    if (p.causal) limit = min(limit, mask.causal_gap + p.heads_divmod.divide(mask.row0 + st.row_of(i)) + 1);
+    float& a = scores[4 * (i / 2) + (i & 1)];
+    float& b = scores[4 * (i / 2) + 2 + (i & 1)];
+    if (key >= limit) a = masked;
+    if (key + 8 >= limit) b = masked;
+  }
+}
+
+// Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not.
+template <class Cfg>
+ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, int thread, int threads) {
+  for (int c = 0; c < kLatentChunks; ++c) {
+    at.advance();
+    for (int i = valid * 8 + thread; i < kTileKeys * 8; i += threads) {
+      *reinterpret_cast<uint4*>(smem.ring[at.slot] + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+// P^T of this warp's keys to shared memory, in 16-bit parts; returns whether a score exceeds its reference by more
+// than the slack. tile_sum gets this thread's sums.
+template <class T, class Cfg>
+ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg> const& st, uint32_t prob,
+                                     float const (&scores)[Cfg::kScoreRows / 2],
+                                     float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
+  constexpr int kBlocks = Cfg::kScoreRows / 8;
+  uint32_t packed[Cfg::kPParts * kBlocks][2];  // [part, block of 8 rows][key half]
+  bool exceeds = false;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    float e[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float const x = fmaf(scores[4 * j + i], p.scale_log2, -st.reference[2 * j + (i & 1)]);
+      exceeds |= x > kReferenceSlack;
+      e[i] = exp2_approx(x);
+    }
+    tile_sum[2 * j] = e[0] + e[2];
+    tile_sum[2 * j + 1] = e[1] + e[3];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      packed[j][half] = pack_pair(e[2 * half], e[2 * half + 1], T{});
+      if constexpr (Cfg::kPParts == 2) {
+        float2 const high = unpack_pair(packed[j][half], T{});
+        packed[kBlocks + j][half] = pack_pair(e[2 * half] - high.x, e[2 * half + 1] - high.y, T{});
+      }
+    }
+  }
+  // Block b of `packed` is rows 8 b' .. 8 b' + 7 of its part; a lane addresses row lane % 8 of the matrix lane / 8.
+  uint32_t const half = (st.lane >> 3) & 1, upper = st.lane >> 4;
+  constexpr int kAll = Cfg::kPParts * kBlocks;
+  auto row0 = [&](int b) {  // of block b in [part][kRowTile]
+    int const first = Cfg::kSplitDv ? st.group * Cfg::kScoreRows : 0;
+    return (b / kBlocks) * Cfg::kRowTile + first + (b % kBlocks) * 8;
+  };
+  if constexpr (kAll == 1) {
+    store_matrices(prob + swizzled(st.lane & 7, 2 * st.warp + half), packed[0][0], packed[0][1]);
+  } else {
+#pragma unroll
+    for (int b = 0; b < kAll; b += 2) {
+      uint32_t const row = (upper ? row0(b + 1) : row0(b)) + (st.lane & 7);
+      store_matrices(prob + swizzled(row, 2 * st.warp + half), packed[b][0], packed[b][1], packed[b + 1][0],
+                     packed[b + 1][1]);
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  return exceeds;
+}
+
+// Raises the reference maximum to cover the tile. Returns the factors for what was accumulated under the old one.
+template <class Cfg>
+ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                                 float const (&scores)[Cfg::kScoreRows / 2],
+                                 float (&factor)[ConsumerState<Cfg>::kStats]) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  float top[kStats];
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) {
+    float const a = scores[4 * (i / 2) + (i & 1)] * p.scale_log2, b = scores[4 * (i / 2) + 2 + (i & 1)] * p.scale_log2;
+    top[i] = fmaxf(a, b);
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], d));
+  }
+  auto& shared = smem.control.warp_stat[st.group];
+  if (st.lane < 4) {
+#pragma unroll
+    for (int i = 0; i < kStats; ++i) shared[st.warp][st.row_of(i)] = top[i];
+  }
+  sync_group(st.group);
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) {
+    float m = st.reference[i];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) m = fmaxf(m, shared[w][st.row_of(i)]);
+    factor[i] = exp2_approx(st.reference[i] - m);
+    st.reference[i] = m;
+    st.sum[i] *= factor[i];
+  }
+}
+
+// Multiplies O^T by a factor per row of this thread's fragment columns.
+template <class Cfg>
+ETAP_DEVICE void rescale_out(ConsumerState<Cfg>& st, float const (&factor)[Cfg::kRowTile / 4]) {
+#pragma unroll
+  for (int c = 0; c < Cfg::kOutChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < Cfg::kPvRows / 2; ++i) {
+      st.out[c][i] *= factor[(2 * (i / 4) + (i & 1)) % (Cfg::kRowTile / 4)];
+    }
+  }
+}
+
+// O^T += V^T P^T for the chunks this warpgroup owns, freeing each chunk behind it. `at`: the tile's rope chunk.
+template <class T, class Cfg>
+ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at, uint32_t prob) {
+  at.advance();
+  if constexpr (Cfg::kSplitDv) {
+    for (int c = 0; c < st.group * Cfg::kOutChunks; ++c) at.advance();
+  }
+  uint32_t previous = at.slot;
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int c = 0; c < Cfg::kOutChunks; ++c) {
+    uint32_t const v = shared_address(smem.ring[at.slot]);
+#pragma unroll
+    for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 16; ++j) {
+        wgmma<T, Cfg::kPvRows, Major::MN>(tile_descriptor(v + j * 2048),
+                                          tile_descriptor(prob + part * Cfg::kRowTile * 128 + j * 32), st.out[c],
+                                          ScaleOut::One);
+      }
+    }
+    cute::warpgroup_commit_batch();
+    if (c > 0) {
+      cute::warpgroup_wait<1>();
+      if (st.lane == 0) smem.control.empty[previous].arrive();
+    }
+    previous = at.slot;
+    at.advance();
+  }
+  cute::warpgroup_wait<0>();
+  if (st.lane == 0) smem.control.empty[previous].arrive();
+}
+
+// One tile of a warpgroup that owns whole tiles. `buffer` alternates per tile.
+template <class T, class Cfg>
+ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                              MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
+  static_assert(!Cfg::kSplitDv);
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  float scores[Cfg::kScoreRows / 2];
+  score_tile<T>(smem, at, p.box_rows == 0, 0, scores);
+  if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
+  int const end = (tile + 1) * kTileKeys;
+  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
+    mask_scores(p, mask, st, tile, scores);
+    if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
+  }
+  uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
+  float tile_sum[kStats];
+  bool raise = st.fresh;
+  if (!raise) {
+    bool const exceeds = write_probabilities<T>(p, st, prob, scores, tile_sum);
+    raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
+  }
+  if (raise) {
+    float factor[kStats];
+    raise_reference(p, smem, st, scores, factor);
+    if (!st.fresh) rescale_out(st, factor);
+    write_probabilities<T>(p, st, prob, scores, tile_sum);
+    sync_group(st.group);
+    st.fresh = false;
+  }
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+  accumulate_tile<T>(smem, st, at, prob);
+}
+
+}  // namespace etap

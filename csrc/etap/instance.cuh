@@ -1,0 +1,53 @@
+// Body of the files in csrc/instances/: one element type and row tile each, with P in one and in two parts.
+#pragma once
+
+#include <atomic>
+
+#include "kernel.cuh"
+#include "launch.h"
+
+namespace etap {
+
+// Lets the kernel use its shared memory, once per device.
+template <class T, class Cfg>
+cudaError_t allow_shared() {
+  static std::atomic<uint64_t> ready{0};  // one bit a device
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess || (device < 64 && ready.load(std::memory_order_relaxed) >> device & 1)) return status;
+  status = cudaFuncSetAttribute(mla_decode_kernel<T, Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                sizeof(SharedStorage<Cfg>));
+  if (status == cudaSuccess && device < 64) ready.fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
+  return status;
+}
+
+template <class T, class Cfg>
+cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
+                            int num_ctas, cudaStream_t stream) {
+  static_assert(sizeof(SharedStorage<Cfg>) <= kMaxSharedBytes);
+  cudaError_t const status = allow_shared<T, Cfg>();
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;  // the merge waits for other CTAs: all must be resident
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(num_ctas);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = sizeof(SharedStorage<Cfg>);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, mla_decode_kernel<T, Cfg>, params, ckv_map, kpe_map);
+}
+
+}  // namespace etap
+
+#define ETAP_INSTANCE(NAME, T, ROW_TILE)                                                                         \
+  namespace etap {                                                                                               \
+  cudaError_t launch_##NAME##_##ROW_TILE(int p_parts, MlaDecodeParams const& params, CUtensorMap const& ckv_map, \
+                                         CUtensorMap const& kpe_map, int num_ctas, cudaStream_t stream) {        \
+    return p_parts == 2                                                                                          \
+               ? launch_instance<T, TileConfig<ROW_TILE, 2>>(params, ckv_map, kpe_map, num_ctas, stream)         \
+               : launch_instance<T, TileConfig<ROW_TILE, 1>>(params, ckv_map, kpe_map, num_ctas, stream);        \
+  }                                                                                                              \
+  }

@@ -1,0 +1,98 @@
+// The ETAP MLA decode kernel: persistent, one CTA per SM, one producer and two consumer warpgroups.
+//
+//   producer      lens -> plan | rope, latent 0..7 of tile 0 | tile 1 | tile 2 | ...
+//   consumer 0                 | QK(0) softmax PV(0)         | QK(2) softmax PV(2) | ... exchange, store
+//   consumer 1                 |         QK(1) softmax PV(1) | QK(3) ...           | ... exchange, store
+//   all consumers              merge of the rows that several CTAs hold parts of
+#pragma once
+
+#include "merge.cuh"
+
+namespace etap {
+
+// The page table's first use waits for the lengths: have it in L2 by then.
+ETAP_DEVICE void prefetch_page_table(MlaDecodeParams const& p, int thread) {
+  int const line = thread * gridDim.x + blockIdx.x, lines_per_row = (p.max_pages + 31) / 32;
+  if (p.page_table && thread < 32 && line < lines_per_row * p.batch) {
+    prefetch_l2(p.page_table + line / lines_per_row * p.page_table_stride + line % lines_per_row * 32);
+  }
+}
+
+template <class Cfg>
+ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
+  if (lane < Cfg::kRing) {
+    smem.control.full[lane].init(p.box_rows ? 1 : 128);
+    smem.control.empty[lane].init(4);
+  }
+  if (lane < kPieceBuffers) {
+    smem.control.piece_full[lane].init(1);
+    smem.control.piece_empty[lane].init(p.box_rows ? 9 : 12);  // consumer and loading warps
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class T, class Cfg>
+ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int group, int warp, int lane) {
+  int const thread = group * 128 + warp * 32 + lane;
+  ConsumerState<Cfg> st;
+  st.group = group, st.warp = warp, st.lane = lane;
+  uint32_t chunk = 0;  // since launch
+  int buffer = 0, num_pending = 0;
+ETAP_ROLLED
+  for (int index = 0;; ++index) {
+    PieceInfo const& piece = await_piece(smem, index);
+    if (piece.request < 0) break;
+    RowTarget* const rows = smem.control.rows[piece.whole() ? 2 + index % 2 : num_pending];
+    target_rows<Cfg>(p, rows, piece, thread);
+    load_query(p, smem, piece, thread);
+    st.reset();
+    MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
+    int const begin = piece.begin, tiles = piece.end - begin;
+    sync_consumers();
+ETAP_ROLLED
+    for (int i = group; i < tiles; i += kConsumerGroups) {
+      consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * kTileChunks), begin + i, buffer);
+      buffer ^= 1;
+    }
+    chunk += tiles * kTileChunks;
+    finish_piece<T>(p, smem, piece, rows, st, RingPosition<Cfg>::at(chunk));
+    if (exchanges(piece)) chunk += Cfg::kExchangeChunks;
+    if (!piece.whole()) {
+      if (thread == 0) smem.control.pending[num_pending] = piece;
+      ++num_pending;
+    }
+    release_piece(smem, index, lane);
+  }
+  merge_pending<T>(p, smem, num_pending, thread);
+}
+
+template <class T, class Cfg>
+__global__ void __launch_bounds__(kThreads, 1)
+    mla_decode_kernel(__grid_constant__ MlaDecodeParams const p, __grid_constant__ CUtensorMap const ckv_map,
+                      __grid_constant__ CUtensorMap const kpe_map) {
+  extern __shared__ uint8_t shared_bytes[];
+  auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(shared_bytes);
+  int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
+  if (warp == 0) {
+    plan_launch(p, smem, lane);
+  } else if (warp == 1) {
+    init_barriers(p, smem, lane);
+    if (lane == 0 && p.box_rows) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    }
+  } else if (warp == 2) {
+    prefetch_page_table(p, lane);
+  }
+  __syncthreads();
+  if (warp < 4) {
+    cutlass::arch::warpgroup_reg_dealloc<72>();
+    if (warp == 3) write_empty_requests(p, lane);
+    produce(p, ckv_map, kpe_map, smem, warp, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<216>();
+    consume<T>(p, smem, warp / 4 - 1, warp % 4, lane);
+  }
+}
+
+}  // namespace etap

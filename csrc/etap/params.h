@@ -1,0 +1,61 @@
+// Arguments of one launch. Every tensor is described by a pointer and strides in elements; the last dimension is
+// contiguous throughout.
+#pragma once
+
+#include <cutlass/fast_math.h>
+
+#include <cstdint>
+
+namespace etap {
+
+struct RowStrides {  // of a tensor indexed (batch, token, head, column); ragged tensors have batch == 0
+  int64_t batch, token, head;
+};
+
+struct MlaDecodeParams {
+  // problem
+  int batch, num_heads;
+  cutlass::FastDivmod heads_divmod;
+  int q_len;                    // tokens per request, or the most of any request when ragged
+  int const* cu_seqlens_q;      // [batch + 1] or null
+  int const* cache_seqlens;     // [batch]; below 0 counts as 0, above the capacity as the capacity
+  bool causal;                  // bottom-right aligned
+  float scale_log2;             // softmax scale x log2(e)
+
+  // query, 16-bit: (batch, token, head, 512) and (batch, token, head, 64)
+  void const* q_nope;
+  void const* q_rope;
+  RowStrides q_nope_stride, q_rope_stride;
+
+  // cache: (pages, page_size, 512) and (pages, page_size, 64)
+  void const* ckv;
+  void const* kpe;
+  int64_t ckv_page_stride, ckv_row_stride, kpe_page_stride, kpe_row_stride;
+  int num_pages, page_size;
+  cutlass::FastDivmod page_divmod;
+  int capacity;                 // keys that the page table, or the unpaged cache, has room for
+  int const* page_table;        // null: the cache is not paged, and page b (or cache_batch_idx[b]) is request b's
+  int const* cache_batch_idx;   // [batch] or null; only without a page table
+  int64_t page_table_stride;
+  int max_pages;                // page-table entries per request
+  int box_rows;                 // keys per TMA box (8 to 64), or 0: gather by cp.async
+  bool gather_16b;              // gather rows are 16-byte aligned
+
+  // output
+  void* out;                    // (batch, token, head, 512)
+  RowStrides out_stride;
+  bool out_fp32;
+  float* lse;                   // or null
+  RowStrides lse_stride;
+  float lse_unit;               // ln 2: natural log; 1: base 2
+
+  // workspace: 2 slots a CTA
+  float* partial_out;           // [slots][row_tile * 512], filled with kUnwritten between launches
+  float* partial_stats;         // [slots][row_tile][2] (max in log2 units, sum), likewise
+  int* merge_count;             // [slots], zero between launches
+};
+
+// A word that no arithmetic instruction produces (its NaNs are 0x7fffffff): "not written yet".
+constexpr uint32_t kUnwritten = 0xffffffffu;
+
+}  // namespace etap

@@ -1,0 +1,188 @@
+// The producer warpgroup: plans, hands out the pieces, and fills the ring, chunk by chunk, through TMA (one warp) or
+// cp.async gathers (four warps).
+#pragma once
+
+#include <cute/arch/copy_sm80.hpp>
+
+#include "plan.cuh"
+
+namespace etap {
+
+// A partial piece of one tile concerns one warpgroup alone: nothing is exchanged.
+ETAP_DEVICE bool exchanges(Piece const& piece) { return piece.whole() || piece.end - piece.begin > 1; }
+
+// Lends ring chunks to the consumers at the end of a piece; nothing is loaded into them.
+template <class Cfg>
+ETAP_DEVICE void lend_chunks(SharedStorage<Cfg>& smem, RingPosition<Cfg>& at, Piece const& piece, bool arrives) {
+  if (!exchanges(piece)) return;
+ETAP_ROLLED
+  for (int i = 0; i < Cfg::kExchangeChunks; ++i) {
+    smem.control.empty[at.slot].wait(at.parity ^ 1);
+    if (arrives) smem.control.full[at.slot].arrive();
+    at.advance();
+  }
+}
+
+// Where a run of keys lies: page and row in it.
+struct KeyPlace {
+  int page, row;
+};
+
+ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int key) {
+  if (!p.page_table) return {p.cache_batch_idx ? p.cache_batch_idx[request] : request, key};
+  int entry, row;
+  p.page_divmod(entry, row, key);
+  return {p.page_table[request * p.page_table_stride + entry], row};
+}
+
+template <class Cfg>
+ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
+                                SharedStorage<Cfg>& smem, PieceInfo const& piece, RingPosition<Cfg>& at, int lane) {
+  constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  int const boxes = kTileKeys / p.box_rows;  // per tile: 1, 2, 4 or 8
+  int const tiles_per_round = 32 / boxes;    // a lane looks up one box a round
+  int const lane_tile = lane / boxes, row_in_tile = lane % boxes * p.box_rows;
+  int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
+  KeyPlace box{}, next{};
+  ETAP_ROLLED
+  for (int first = begin - tiles_per_round; first < end; first += tiles_per_round) {  // one round of look-ups ahead
+    box = next;
+    int const key = (first + tiles_per_round + lane_tile) * kTileKeys + row_in_tile;
+    // Boxes past the length get a row past the page, for which TMA writes zeros without reading.
+    next = key < len ? locate_key(p, request, key) : KeyPlace{0, p.page_size};
+    if (first < begin) continue;
+    int const count = min(tiles_per_round, end - first);
+    ETAP_ROLLED
+    for (int i = 0; i < count; ++i) {
+      ETAP_ROLLED
+      for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
+        smem.control.empty[at.slot].wait(at.parity ^ 1);
+        if (lane == i * boxes) smem.control.full[at.slot].arrive_and_expect_tx(kChunkBytes);
+        __syncwarp();
+        if (lane_tile == i) {
+          cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
+                                       reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]), kHint,
+                                       smem.ring[at.slot] + row_in_tile * 128, max(chunk, 0) * kChunkCols, box.row,
+                                       box.page);
+        }
+        at.advance();
+      }
+    }
+  }
+}
+
+// cp.async, 16 bytes a thread: neighbouring threads share a row's 128 bytes. The copies themselves arrive at the full
+// barrier; the consumers fence between the proxies.
+template <class Cfg>
+ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                   RingPosition<Cfg>& at, int thread) {
+  constexpr int kRows = 4;  // rows of a tile that one thread copies 16 bytes of, per chunk
+  int const col16 = thread % 8, first_row = thread / 8;
+  int const request = piece.request, len = piece.len, end = piece.end;
+  KeyPlace next[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
+  ETAP_ROLLED
+  for (int tile = piece.begin - 1; tile < end; ++tile) {  // one tile of look-ups ahead
+    uint16_t const* from[kRows];
+    KeyPlace place[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      place[i] = next[i];
+      from[i] = static_cast<uint16_t const*>(p.kpe) + place[i].page * p.kpe_page_stride +
+                place[i].row * p.kpe_row_stride + col16 * 8;
+      int const key = (tile + 1) * kTileKeys + first_row + 16 * i;
+      next[i] = key < len && tile + 1 < end ? locate_key(p, request, key) : KeyPlace{0, -1};  // row < 0: no key
+    }
+    if (tile < piece.begin) continue;
+    ETAP_ROLLED
+    for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
+      smem.control.empty[at.slot].wait(at.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        uint8_t* const to = smem.ring[at.slot] + swizzled(first_row + 16 * i, col16);
+        if (place[i].row >= 0) {
+          cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
+                                                       *reinterpret_cast<uint4*>(to));
+        }
+        from[i] += kChunkCols;
+      }
+      cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));
+      at.advance();
+      if (chunk < 0) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          from[i] = static_cast<uint16_t const*>(p.ckv) + place[i].page * p.ckv_page_stride +
+                    place[i].row * p.ckv_row_stride + col16 * 8;
+        }
+      }
+    }
+  }
+}
+
+// Rows that are not 16-byte aligned: element by element, through registers.
+template <class Cfg>
+ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                     RingPosition<Cfg>& at, int thread) {
+  int const col16 = thread % 8;
+  ETAP_ROLLED
+  for (int step = piece.begin * kTileChunks; step < piece.end * kTileChunks; ++step) {
+    int const tile = step / kTileChunks, chunk = step % kTileChunks - 1;
+    smem.control.empty[at.slot].wait(at.parity ^ 1);
+    ETAP_ROLLED
+    for (int row = thread / 8; row < min(kTileKeys, piece.len - tile * kTileKeys); row += 16) {
+      KeyPlace const place = locate_key(p, piece.request, tile * kTileKeys + row);
+      uint16_t const* from = chunk < 0 ? static_cast<uint16_t const*>(p.kpe) + place.page * p.kpe_page_stride +
+                                             place.row * p.kpe_row_stride
+                                       : static_cast<uint16_t const*>(p.ckv) + place.page * p.ckv_page_stride +
+                                             place.row * p.ckv_row_stride + chunk * kChunkCols;
+      uint16_t* to = reinterpret_cast<uint16_t*>(smem.ring[at.slot] + swizzled(row, col16));
+      for (int i = 0; i < 8; ++i) to[i] = __ldg(from + col16 * 8 + i);
+    }
+    smem.control.full[at.slot].arrive();
+    at.advance();
+  }
+}
+
+template <class Cfg>
+ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
+                         SharedStorage<Cfg>& smem, int warp, int lane) {
+  bool const gather = p.box_rows == 0;
+  if (!gather && warp > 0) return;
+  RingPosition<Cfg> at{0, 0};
+  ETAP_ROLLED
+  for (int index = 0;; ++index) {
+    if (warp == 0) post_piece(p, smem, index, lane);
+    PieceInfo const& piece = await_piece(smem, index);
+    if (piece.request < 0) break;
+    if (!gather) {
+      load_piece_tma(p, ckv_map, kpe_map, smem, piece, at, lane);
+    } else if (p.gather_16b) {
+      load_piece_gather(p, smem, piece, at, warp * 32 + lane);
+    } else {
+      load_piece_elements(p, smem, piece, at, warp * 32 + lane);
+    }
+    lend_chunks(smem, at, piece, gather || lane == 0);
+    release_piece(smem, index, lane);
+  }
+}
+
+// Requests without keys: output 0, LSE -inf. One warp of each CTA takes every gridDim-th request.
+ETAP_DEVICE void write_empty_requests(MlaDecodeParams const& p, int lane) {
+ETAP_ROLLED
+  for (int b = blockIdx.x; b < p.batch; b += gridDim.x) {
+    if (cache_len(p, b) > 0) continue;
+    int const token0 = query_begin(p, b), rows = query_len(p, b) * p.num_heads, bytes = p.out_fp32 ? 4 : 2;
+ETAP_ROLLED
+    for (int row = 0; row < rows; ++row) {
+      uint8_t* const out = static_cast<uint8_t*>(p.out) + row_offset(p, p.out_stride, b, token0, row) * bytes;
+ETAP_ROLLED
+      for (int i = lane; i < kLatentDim * bytes / 16; i += 32) {
+        reinterpret_cast<uint4*>(out)[i] = make_uint4(0, 0, 0, 0);
+      }
+      if (p.lse && lane == 0) p.lse[row_offset(p, p.lse_stride, b, token0, row)] = -INFINITY;
+    }
+  }
+}
+
+}  // namespace etap

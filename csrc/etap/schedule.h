@@ -1,0 +1,166 @@
+// How the work of one launch is divided over CTAs: from lengths alone, on the device, without a host
+// synchronisation. Plain C++17 under ETAP_HD, so that the CPU tests run the partition the GPU runs.
+//
+// A request of n tiles and r row tiles is r "virtual requests" of n tiles each. Two ways to cut them:
+//   aligned  every CTA gets one piece; a virtual request is cut into ceil(n / share) equal pieces
+//   flat     all tiles in one line, cut into equal shares; a CTA may hold pieces of several requests, of which
+//            only its first and its last can be partial
+// Aligned is chosen where it is about as balanced as flat: it needs fewer merges.
+#pragma once
+
+#if defined(__CUDACC__)
+#define ETAP_HD __host__ __device__ __forceinline__
+#define ETAP_ROLLED _Pragma("unroll 1")  // short code starts faster: cold instructions come from L2 or beyond
+#else
+#define ETAP_HD inline
+#define ETAP_ROLLED
+#endif
+
+namespace etap {
+
+ETAP_HD int min_int(int a, int b) { return a < b ? a : b; }
+ETAP_HD int max_int(int a, int b) { return a > b ? a : b; }
+
+// a / b for a >= 0, b > 0. On the device, where this lies on the critical path of short launches, a float quotient
+// and its correction take a third of the instructions of an integer division.
+ETAP_HD int quotient(int a, int b) {
+#if defined(__CUDA_ARCH__)
+  int q = __float2int_rz(__fdividef(float(a), float(b)));
+ETAP_ROLLED
+  while (a - q * b < 0) --q;
+ETAP_ROLLED
+  while (a - q * b >= b) ++q;
+  return q;
+#else
+  return a / b;
+#endif
+}
+ETAP_HD int quotient_up(int a, int b) { return quotient(a + b - 1, b); }
+
+// Cuts `total` things into `parts` runs whose lengths differ by at most one, the longer ones first.
+struct EvenCut {
+  int base, longer;
+
+  EvenCut() = default;
+  ETAP_HD EvenCut(int total, int parts) : base(quotient(total, parts)), longer(total - base * parts) {}
+  ETAP_HD int begin(int part) const { return base * part + min_int(part, longer); }
+  ETAP_HD int owner(int thing) const {
+    int const cut = longer * (base + 1);
+    return thing < cut ? quotient(thing, base + 1) : longer + quotient(thing - cut, base);
+  }
+};
+
+// Work of one request: 64-key tiles of each row tile, and row tiles.
+struct RequestWork {
+  int tiles, row_tiles;
+};
+
+struct Plan {
+  int total_tiles;  // over all virtual requests
+  int num_ctas;     // CTAs that take part
+  int share;        // aligned: most tiles per CTA; flat: 0
+  EvenCut flat;     // of total_tiles over num_ctas
+};
+
+struct Piece {
+  int request, row_tile;
+  int begin, end;   // tiles of the virtual request
+  int num_parts;    // CTAs that hold a piece of it
+  int part;         // this one's rank among them
+  int first_cta, first_slot;
+
+  ETAP_HD bool whole() const { return num_parts == 1; }
+  // Workspace slot of part i. CTA c owns slots 2c (its first piece) and 2c + 1 (its last).
+  ETAP_HD int slot(int i) const { return i == 0 ? first_slot : 2 * (first_cta + i); }
+};
+
+// ctas_for(share): CTAs that the aligned cut needs. It may be a warp-wide reduction: every lane calls it alike.
+template <class CtasFor>
+ETAP_HD Plan make_plan(int total_tiles, int max_tiles, int virtual_requests, int grid, CtasFor&& ctas_for) {
+  Plan plan;
+  plan.total_tiles = total_tiles;
+  plan.num_ctas = min_int(grid, total_tiles);
+  plan.share = 0;
+  if (total_tiles == 0) return plan;
+  if (virtual_requests <= grid) {
+    int const ideal = quotient_up(total_tiles, grid);
+    int const uniform = quotient_up(max_tiles, quotient(grid, virtual_requests));  // always feasible
+    int const limit = ideal + max_int(1, ideal / 8);
+    // Try the ideal share, then the uniform one if that is about as good, then half way to the limit.
+ETAP_ROLLED
+    for (int step = 0; step < 3; ++step) {
+      int const share = step == 0 ? ideal : step == 1 ? min_int(uniform, limit) : ideal + (limit - ideal) / 2;
+      int const needed = ctas_for(share);
+      if (needed <= grid) {
+        plan.num_ctas = needed;
+        plan.share = share;
+        return plan;
+      }
+    }
+  }
+  plan.flat = EvenCut(total_tiles, plan.num_ctas);
+  return plan;
+}
+
+// Quantity whose running sum over requests locates a CTA's first one, and the sum at which the CTA starts: tiles
+// (flat) or CTAs (aligned).
+ETAP_HD int plan_weight(Plan const& plan, RequestWork w) {
+  return (plan.share ? quotient_up(w.tiles, plan.share) : w.tiles) * w.row_tiles;
+}
+ETAP_HD int plan_target(Plan const& plan, int cta) { return plan.share ? cta : plan.flat.begin(cta); }
+
+// Walks the pieces of one CTA. `prefix` is the sum of plan_weight over the requests before `request`.
+struct PieceCursor {
+  Plan plan;
+  int cta, request, prefix;
+  int next_tile, end_tile;  // flat: in the line of all tiles; aligned: 0 and 1, then 1 and 1
+
+  PieceCursor() = default;
+  ETAP_HD PieceCursor(Plan const& plan_, int cta_, int request_, int prefix_)
+      : plan(plan_), cta(cta_), request(request_), prefix(prefix_), next_tile(0), end_tile(cta < plan.num_ctas) {
+    if (!plan.share && cta < plan.num_ctas) {
+      next_tile = plan.flat.begin(cta);
+      end_tile = plan.flat.begin(cta + 1);
+    }
+  }
+
+  ETAP_HD bool done() const { return next_tile >= end_tile; }
+
+  // The next piece. work_of(request) gives a RequestWork. Only valid while !done().
+  template <class WorkOf>
+  ETAP_HD Piece next(WorkOf&& work_of) {
+    RequestWork w = work_of(request);
+    int const at = plan.share ? cta : next_tile;
+    for (int weight = plan_weight(plan, w); at >= prefix + weight; weight = plan_weight(plan, w)) {
+      prefix += weight;
+      w = work_of(++request);
+    }
+    // Aligned: parts CTAs to a row tile. Flat: tiles tiles.
+    int const parts = plan.share ? quotient_up(w.tiles, plan.share) : w.tiles;
+    Piece piece;
+    piece.request = request;
+    piece.row_tile = quotient(at - prefix, parts);
+    int const start = prefix + piece.row_tile * parts;
+    if (plan.share) {
+      EvenCut const cut(w.tiles, parts);
+      piece.num_parts = parts;
+      piece.part = at - start;
+      piece.begin = cut.begin(piece.part);
+      piece.end = cut.begin(piece.part + 1);
+      piece.first_cta = start;
+      piece.first_slot = 2 * start;
+      next_tile = end_tile;
+    } else {
+      piece.begin = at - start;
+      piece.end = min_int(w.tiles, end_tile - start);
+      piece.first_cta = plan.flat.owner(start);
+      piece.num_parts = plan.flat.owner(start + w.tiles - 1) - piece.first_cta + 1;
+      piece.part = cta - piece.first_cta;
+      piece.first_slot = 2 * piece.first_cta + (plan.flat.begin(piece.first_cta) < start ? 1 : 0);
+      next_tile = start + piece.end;
+    }
+    return piece;
+  }
+};
+
+}  // namespace etap

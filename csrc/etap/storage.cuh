@@ -1,0 +1,89 @@
+// Shared memory of one CTA, the ring of KV chunks in it, and the lengths that everything follows from.
+#pragma once
+
+#include "schedule.h"
+#include "sm90.cuh"
+
+namespace etap {
+
+constexpr int kPieceBuffers = 4;  // pieces that the producer may be ahead of the consumers, and one
+
+// Position in the ring; parity 0 is the first pass of the consumers.
+template <class Cfg>
+struct RingPosition {
+  uint32_t slot, parity;
+
+  // The position of the n-th chunk since launch.
+  static ETAP_DEVICE RingPosition at(uint32_t n) { return {n % Cfg::kRing, (n / Cfg::kRing) & 1}; }
+  ETAP_DEVICE void advance() {
+    if (++slot == Cfg::kRing) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  ETAP_DEVICE RingPosition ahead(uint32_t n) const {  // n < kRing; the parity is not kept
+    uint32_t const s = slot + n;
+    return {s < Cfg::kRing ? s : s - Cfg::kRing, parity};
+  }
+};
+
+// A piece as the CTA's roles share it.
+struct PieceInfo : Piece {
+  int len;     // keys of the request
+  int token0;  // its first query token, where tokens are ragged
+  int q_len;   // its query tokens
+};
+
+// Where an output row goes, in elements; out < 0: not a row of the request.
+struct RowTarget {
+  int64_t out, lse;
+};
+
+template <class Cfg>
+struct alignas(1024) SharedStorage {
+  // A chunk: 64 keys x 64 columns, 128-byte rows, swizzled. Per tile: the rope chunk, then latent chunks 0 to 7.
+  uint8_t ring[Cfg::kRing][kChunkBytes];
+  // Q: 9 chunks of [row][64 columns], swizzled; the rope chunk last.
+  uint8_t query[kTileChunks][Cfg::kRowTile * 128];
+  // P^T as [part][row][64 keys], swizzled; two buffers per writer, so that a tile's writers need not wait for the
+  // readers of the tile before.
+  uint8_t prob[Cfg::kProbBuffers][Cfg::kProbBytes];
+  struct Control {
+    float warp_stat[kConsumerGroups][4][Cfg::kScoreRows];  // per warp: tile maximum, or sum
+    float2 group_stat[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units), sum
+    RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
+    FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
+    EmptyBarrier empty[Cfg::kRing];    // one arrival per warp of the warpgroup that used the chunk last
+    EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
+    PieceInfo piece[kPieceBuffers];    // request < 0: no more
+    PieceCursor cursor;                // of the warp that posts the pieces
+    PieceInfo pending[2];              // partial pieces of this CTA, to be merged
+  } control;
+  static_assert(sizeof(Control) <= Cfg::kControlBytes);
+};
+
+// ---- lengths
+ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
+  return p.cu_seqlens_q ? p.cu_seqlens_q[request] : 0;
+}
+ETAP_DEVICE int query_len(MlaDecodeParams const& p, int request) {
+  return p.cu_seqlens_q ? p.cu_seqlens_q[request + 1] - p.cu_seqlens_q[request] : p.q_len;
+}
+ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) {
+  return min(max(p.cache_seqlens[request], 0), p.capacity);
+}
+
+// Element offset of row `row` (token x heads + head) of a request.
+ETAP_DEVICE int64_t row_offset(MlaDecodeParams const& p, RowStrides const& s, int request, int token0, int row) {
+  int const token = p.heads_divmod.divide(row);
+  return request * s.batch + (token0 + token) * s.token + (row - token * p.num_heads) * s.head;
+}
+
+template <class Cfg>
+ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int request) {
+  constexpr int kRowTile = Cfg::kRowTile;
+  return {(cache_len(p, request) + kTileKeys - 1) / kTileKeys,
+          (query_len(p, request) * p.num_heads + kRowTile - 1) / kRowTile};
+}
+
+}  // namespace etap

@@ -1,0 +1,123 @@
+// Host side of a launch: TMA descriptors, workspace layout, choice of the instance.
+#include "etap/launch.h"
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "etap/config.h"
+
+namespace etap {
+namespace {
+
+using Launcher = cudaError_t (*)(int, MlaDecodeParams const&, CUtensorMap const&, CUtensorMap const&, int,
+                                 cudaStream_t);
+
+}  // namespace
+
+#define ETAP_DECLARE(NAME, ROW_TILE)                                                                       \
+  cudaError_t launch_##NAME##_##ROW_TILE(int, MlaDecodeParams const&, CUtensorMap const&, CUtensorMap const&, int, \
+                                         cudaStream_t);
+ETAP_DECLARE(bf16, 8)
+ETAP_DECLARE(bf16, 16)
+ETAP_DECLARE(bf16, 32)
+ETAP_DECLARE(bf16, 64)
+ETAP_DECLARE(fp16, 8)
+ETAP_DECLARE(fp16, 16)
+ETAP_DECLARE(fp16, 32)
+ETAP_DECLARE(fp16, 64)
+#undef ETAP_DECLARE
+
+namespace {
+
+constexpr Launcher kLaunchers[2][4] = {{launch_bf16_8, launch_bf16_16, launch_bf16_32, launch_bf16_32},
+                                       {launch_fp16_8, launch_fp16_16, launch_fp16_32, launch_fp16_32}};
+
+// The driver's encoder, looked up once, so that nothing links against the driver.
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static auto const encoder = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    cudaError_t const status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
+    bool const ok = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return ok ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(symbol) : nullptr;
+  }();
+  return encoder;
+}
+
+// (columns, rows of a page, pages), in boxes of 64 columns x box_rows rows.
+cudaError_t encode_cache(CUtensorMap* map, Dtype dtype, void const* base, int columns, MlaDecodeParams const& p,
+                         int64_t page_stride, int64_t row_stride) {
+  auto const encode = tensor_map_encoder();
+  if (!encode) return cudaErrorNotSupported;
+  cuuint64_t const dims[3] = {cuuint64_t(columns), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)};
+  // A dimension of one element may have any stride; TMA wants a plausible one.
+  cuuint64_t const row_bytes = p.page_size > 1 ? cuuint64_t(row_stride) * 2 : 1024;
+  cuuint64_t const page_bytes = p.num_pages > 1 ? cuuint64_t(page_stride) * 2 : std::max<cuuint64_t>(row_bytes, 1024);
+  cuuint64_t const strides[2] = {row_bytes, page_bytes};
+  cuuint32_t const box[3] = {kChunkCols, cuuint32_t(p.box_rows), 1}, unit[3] = {1, 1, 1};
+  CUresult const result = encode(
+      map, dtype == Dtype::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+      const_cast<void*>(base), dims, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaDecodeParams const& p) {
+  auto const fits = [](int64_t stride) { return stride % 8 == 0 && stride >= 0 && stride < (int64_t(1) << 39); };
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && (p.page_size == 1 || fits(row_stride)) &&
+         (p.num_pages == 1 || fits(page_stride));
+}
+
+size_t padded(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+int tma_box_rows(MlaDecodeParams const& p) {
+  if (!tma_strides(p.ckv, p.ckv_row_stride, p.ckv_page_stride, p) ||
+      !tma_strides(p.kpe, p.kpe_row_stride, p.kpe_page_stride, p)) {
+    return 0;
+  }
+  if (!p.page_table) return kTileKeys;  // tiles start at multiples of 64 of the one page; its end is TMA's to mask
+  int const rows = std::min(p.page_size & -p.page_size, kTileKeys);  // power of two that divides the page size
+  return rows >= 8 ? rows : 0;
+}
+
+size_t workspace_bytes(LaunchConfig const& config) {
+  size_t const slots = 2 * size_t(config.num_ctas), rows = config.row_tile;
+  return kMergeCountBytes + padded(slots * rows * kLatentDim * sizeof(float)) + slots * rows * 2 * sizeof(float);
+}
+
+void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* base) {
+  char* const bytes = static_cast<char*>(base);
+  size_t const slots = 2 * size_t(config.num_ctas), rows = config.row_tile;
+  params.merge_count = reinterpret_cast<int*>(bytes);
+  params.partial_out = reinterpret_cast<float*>(bytes + kMergeCountBytes);
+  params.partial_stats =
+      reinterpret_cast<float*>(bytes + kMergeCountBytes + padded(slots * rows * kLatentDim * sizeof(float)));
+}
+
+cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {
+  params.box_rows = tma_box_rows(params);
+  auto const aligned = [](void const* base, int64_t row, int64_t page) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row % 8 == 0 && page % 8 == 0;
+  };
+  params.gather_16b = aligned(params.ckv, params.ckv_row_stride, params.ckv_page_stride) &&
+                      aligned(params.kpe, params.kpe_row_stride, params.kpe_page_stride);
+  CUtensorMap ckv_map{}, kpe_map{};
+  if (params.box_rows) {
+    cudaError_t status = encode_cache(&ckv_map, config.dtype, params.ckv, kLatentDim, params, params.ckv_page_stride,
+                                      params.ckv_row_stride);
+    if (status == cudaSuccess) {
+      status = encode_cache(&kpe_map, config.dtype, params.kpe, kRopeDim, params, params.kpe_page_stride,
+                            params.kpe_row_stride);
+    }
+    if (status != cudaSuccess) return status;
+  }
+  int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : config.row_tile == 32 ? 2 : 3;
+  return kLaunchers[config.dtype == Dtype::kFp16][index](config.p_parts, params, ckv_map, kpe_map, config.num_ctas,
+                                                         stream);
+}
+
+}  // namespace etap

@@ -1,0 +1,32 @@
+"""ETAP: transposed-pipeline MLA decode attention for Hopper GPUs.
+
+`mla_decode` is the operator, `build_info` says what was built. Both are imported on first use, so that importing the
+package costs nothing and needs neither torch nor the built libraries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etap_integration._library import build_info
+    from etap_integration.ops import mla_decode
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "build_info", "mla_decode"]
+
+_HOME = {"mla_decode": "etap_integration.ops", "build_info": "etap_integration._library"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,335 @@
+"""References and tile-accurate models of MLA decode attention, in plain torch on any device.
+
+    reference             fp64, nothing rounded: what every kernel is measured against
+    rounded_reference     one softmax over all keys, P and the output rounded once, as a query-major kernel rounds them
+    etap_model            the ETAP pipeline tile by tile: what the kernel computes, rounding for rounding
+    query_major_model     the usual pipeline tile by tile: running maximum, 16-bit P, fp32 O
+
+All take the tensors of `mla_decode`, with `cache_seqlens` as any sequence of ints or tensor (read on the host), and
+return (out, lse): out shaped as q_nope, lse (batch, heads, sq) or ragged (heads, total_q), natural logarithm. A row
+that sees no key gives output 0 and LSE -inf. Slots past a request's length and page ids past its last page are unread.
+
+`python -m etap_integration.numerics` prints the error of each model against fp64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+D_LATENT, D_ROPE = 512, 64
+DEFAULT_SCALE = (D_LATENT + D_ROPE) ** -0.5
+TILE = 64  # keys per tile, the M of one wgmma
+RAISE_BY = 8.0  # log2 units a score may exceed the reference maximum by before that is raised
+LOG2E = math.log2(math.e)
+
+# One request: q (rows, 576), k (keys, 576), `limits` (rows,): how many keys each row sees. Rows are token-major.
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def query_lengths(q_nope: Tensor, cu_seqlens_q: Sequence[int] | Tensor | None) -> list[int]:
+    """Query tokens of each request."""
+    if cu_seqlens_q is None:
+        return [q_nope.shape[1]] * q_nope.shape[0]
+    ends = _ints(cu_seqlens_q)
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def gather_keys(cache: Tensor, page_table: Tensor | None, request: int, length: int) -> Tensor:
+    """The first `length` keys of a request, (length, width), from a paged or unpaged cache."""
+    if page_table is None:
+        return cache[request, :length]
+    page_size = cache.shape[1]
+    pages = page_table[request, : -(-length // page_size)].long()
+    return cache[pages].reshape(-1, cache.shape[2])[:length]
+
+
+def visible_keys(length: int, q_len: int, heads: int, causal: bool, device: torch.device | str) -> Tensor:
+    """(q_len * heads,) keys each row sees: all, or under the causal mask aligned at the bottom right."""
+    tokens = torch.arange(q_len, device=device)
+    seen = (length - q_len + 1 + tokens).clamp(min=0) if causal else torch.full_like(tokens, length)
+    return seen.repeat_interleave(heads)
+
+
+def reference(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Sequence[int] | Tensor | int,
+    *,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE in float64."""
+    scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
+
+    def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        k = k.double()
+        scores = _masked(q.double() @ k.T * scale, limits)
+        lse = scores.logsumexp(-1)
+        p = torch.exp(scores - _finite(lse)[:, None])
+        return p @ k[:, :D_LATENT], lse
+
+    problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
+    return _per_request(*problem, attend, torch.float64)
+
+
+def rounded_reference(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Sequence[int] | Tensor | int,
+    *,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S and O in float32, P = exp(S - max) rounded to the input dtype, the output rounded once: the error a good
+    query-major kernel has. `out_dtype` defaults to the input dtype; LSE float32."""
+    scale, dtype = DEFAULT_SCALE if softmax_scale is None else softmax_scale, q_nope.dtype
+
+    def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        k = k.float()
+        z = _masked(q.float() @ k.T, limits) * (scale * LOG2E)
+        top = _finite(z.amax(-1) if z.shape[1] else z.new_full(z.shape[:1], -math.inf))
+        p = torch.exp2(z - top[:, None])
+        return _finish(p.to(dtype).float() @ k[:, :D_LATENT], p.sum(-1), top)
+
+    problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
+    return _per_request(*problem, attend, out_dtype or dtype)
+
+
+def etap_model(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Sequence[int] | Tensor | int,
+    *,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    out_dtype: torch.dtype | None = None,
+    p_parts: int = 2,
+    num_parts: int = 1,
+    raise_by: float = RAISE_BY,
+) -> tuple[Tensor, Tensor]:
+    """The ETAP pipeline, S^T = K Q^T and O^T += V^T P^T over 64-key tiles.
+
+    The tiles of a request are cut into `num_parts` contiguous shares, one per CTA; in each share two warpgroups take
+    alternate tiles, each with its own reference maximum m, sum l and O^T. S^T is fp32 of 16-bit products.
+    P^T = exp2(S^T c - m); m starts as the first tile's maximum and is raised to a tile's maximum only where that
+    exceeds it by more than `raise_by`, when l and O^T are rescaled. P^T is rounded to the input dtype in one part, or
+    split into a high and a low one (`p_parts` = 2). l sums the unrounded P. Warpgroups, then shares, are merged in
+    fp32; the output is rounded once, to `out_dtype` (default: the input dtype).
+    """
+    if p_parts not in (1, 2):
+        raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")
+    scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
+
+    def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, 2, raise_by, p_parts)  # noqa: E741
+        for group in (2, num_parts):  # the two warpgroups of a share, then the shares
+            m, l, ot = _merge(m, l, ot, group)  # noqa: E741
+        return _finish(ot[0].T, l[0], m[0])
+
+    problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
+    return _per_request(*problem, attend, out_dtype or q_nope.dtype)
+
+
+def query_major_model(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Sequence[int] | Tensor | int,
+    *,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    out_dtype: torch.dtype | None = None,
+    num_parts: int = 1,
+    partial_dtype: torch.dtype | None = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The usual pipeline, as FlashAttention-3 does it: S = Q K^T over 64-key tiles, a running maximum raised at every
+    tile, P in 16 bits, O in fp32. `num_parts` splits are merged from normalised partial outputs in `partial_dtype`
+    (float32 as FlashAttention-3 has it; None: the input dtype, as FlashInfer has it)."""
+    scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
+
+    def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, 1, 0.0, 1)  # noqa: E741
+        if num_parts > 1:
+            ot = torch.where(l[:, None] > 0, ot / l[:, None], 0.0).to(partial_dtype or q.dtype).float() * l[:, None]
+        m, l, ot = _merge(m, l, ot, num_parts)  # noqa: E741
+        return _finish(ot[0].T, l[0], m[0])
+
+    problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
+    return _per_request(*problem, attend, out_dtype or q_nope.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _per_request(
+    q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal, attend: Attend, out_dtype
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Runs `attend` on every request and lays the results out as mla_decode does."""
+    q_lens = query_lengths(q_nope, cu_seqlens_q)
+    lengths = [cache_seqlens] * len(q_lens) if isinstance(cache_seqlens, int) else _ints(cache_seqlens)
+    heads, ragged = q_nope.shape[-2], cu_seqlens_q is not None
+    q_all = torch.cat([q_nope, q_rope], -1).flatten(0, -3)  # (tokens, heads, 576)
+    out = torch.zeros(q_all.shape[0], heads, D_LATENT, dtype=out_dtype, device=q_nope.device)
+    lse_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    lse = torch.full((q_all.shape[0], heads), -math.inf, dtype=lse_dtype, device=q_nope.device)
+    first = 0
+    for i, (q_len, length) in enumerate(zip(q_lens, lengths, strict=True)):
+        tokens = slice(first, first + q_len)
+        first += q_len
+        if q_len == 0 or length == 0:
+            continue
+        k = torch.cat([gather_keys(c, page_table, i, length) for c in (ckv_cache, kpe_cache)], -1)
+        limits = visible_keys(length, q_len, heads, causal, q_nope.device)
+        o, part = attend(q_all[tokens].flatten(0, 1), k, limits)
+        out[tokens] = o.unflatten(0, (q_len, heads)).to(out_dtype)
+        lse[tokens] = part.unflatten(0, (q_len, heads))
+    if ragged:
+        return out, lse.T.contiguous()
+    return out.view(q_nope.shape), lse.unflatten(0, q_nope.shape[:2]).mT.contiguous()
+
+
+def _stream_tiles(
+    q: Tensor, k: Tensor, limits: Tensor, c: float, num_parts: int, groups: int, raise_by: float, p_parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One request's tiles in `num_parts` shares of `groups` chains each, all chains in step.
+
+    `c` turns a product into log2 units. Returns each chain's reference maximum m (chains, rows) in log2 units, sum l
+    (chains, rows) and unnormalised O^T (chains, 512, rows), fp32.
+    """
+    order = _share_tiles(-(-k.shape[0] // TILE), num_parts, groups, k.device)
+    tiles, qt = _tiles(k), q.float().T
+    m = torch.full((order.shape[0], q.shape[0]), -math.inf, device=q.device)
+    l, ot = torch.zeros_like(m), m.new_zeros(m.shape[0], D_LATENT, m.shape[1])  # noqa: E741  (the literature's l)
+    for step in range(order.shape[1]):
+        tile = order[:, step]
+        kt = tiles[tile.clamp(min=0)]
+        zt = _masked_tile(kt @ qt * c, tile, limits)
+        top = zt.amax(1)
+        raised = torch.where(top > m + raise_by, top, m)
+        alpha = torch.where(raised > m, torch.exp2(m - _finite(raised)), 1.0)
+        m = raised
+        pt = torch.exp2(zt - _finite(m)[:, None])
+        l = l * alpha + pt.sum(1)  # noqa: E741
+        rounded = pt.to(q.dtype).float()
+        if p_parts == 2:
+            rounded = rounded + (pt - rounded).to(q.dtype).float()  # exact: both parts fit in one float32
+        ot = ot * alpha[:, None] + kt[:, :, :D_LATENT].mT @ rounded
+    return m, l, ot
+
+
+def _ints(values: Sequence[int] | Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else [int(v) for v in values]
+
+
+def _finite(m: Tensor) -> Tensor:
+    """m with -inf (nothing seen yet) as 0, so that exp2(-inf - m) is 0 and not NaN."""
+    return torch.where(m == -math.inf, 0.0, m)
+
+
+def _masked(scores: Tensor, limits: Tensor) -> Tensor:
+    """(rows, keys) scores, -inf past each row's limit."""
+    keys = torch.arange(scores.shape[1], device=scores.device)
+    return scores.masked_fill(keys >= limits[:, None], -math.inf)
+
+
+def _masked_tile(zt: Tensor, tile: Tensor, limits: Tensor) -> Tensor:
+    """(chains, 64, rows) scores, -inf past each row's limit and in chains with no tile at this step."""
+    keys = tile[:, None] * TILE + torch.arange(TILE, device=zt.device)
+    hidden = (keys[:, :, None] >= limits) | (tile < 0)[:, None, None]
+    return zt.masked_fill(hidden, -math.inf)
+
+
+def _tiles(k: Tensor) -> Tensor:
+    """(tiles, 64, 576) float32, the tail rows zero."""
+    return torch.nn.functional.pad(k.float(), (0, 0, 0, -k.shape[0] % TILE)).unflatten(0, (-1, TILE))
+
+
+def _share_tiles(count: int, num_parts: int, groups: int, device: torch.device) -> Tensor:
+    """(num_parts * groups, steps) tile numbers: contiguous shares, each dealt to its `groups` in turn; -1: none."""
+    bounds = [count * p // num_parts for p in range(num_parts + 1)]
+    chains = [list(range(a + g, b, groups)) for a, b in itertools.pairwise(bounds) for g in range(groups)]
+    steps = max(len(c) for c in chains)
+    return torch.tensor([c + [-1] * (steps - len(c)) for c in chains], dtype=torch.long, device=device)
+
+
+def _merge(m: Tensor, l: Tensor, ot: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    """Merges every `group` neighbouring chains of (m, l, O^T) into one, in fp32."""
+    m, l, ot = (x.unflatten(0, (-1, group)) for x in (m, l, ot))  # noqa: E741
+    top = m.amax(1)
+    weight = torch.exp2(m - _finite(top)[:, None])
+    return top, (l * weight).sum(1), (ot * weight[:, :, None]).sum(1)
+
+
+def _finish(o: Tensor, l: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """(rows, 512) output and (rows,) LSE from an unnormalised O, its sum l and the reference maximum m (log2)."""
+    out = torch.where(l[:, None] > 0, o / l[:, None], 0.0)
+    return out, torch.where(l > 0, (m + l.log2()) / LOG2E, -math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def error(out: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(RMSE, largest error) of `out` against fp64."""
+    difference = out.double() - exact
+    return difference.pow(2).mean().sqrt().item(), difference.abs().max().item()
+
+
+def draw(
+    batch: int, length: int, heads: int, q_len: int = 1, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple:
+    """Positional arguments for the functions here: normal q and an unpaged cache, both views of one 576-wide buffer."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, q_len, heads, D_LATENT + D_ROPE, generator=generator).to(dtype)
+    kv = torch.randn(batch, length, D_LATENT + D_ROPE, generator=generator).to(dtype)
+    return q[..., :D_LATENT], q[..., D_LATENT:], kv[..., :D_LATENT], kv[..., D_LATENT:], None, length
+
+
+def main() -> None:
+    """Prints RMSE and largest error of every model against fp64 on the CPU."""
+    models: dict[str, tuple[Callable, dict]] = {
+        "query-major, 16-bit P": (query_major_model, {}),
+        "query-major, 4 splits merged in 16 bits": (query_major_model, {"num_parts": 4, "partial_dtype": None}),
+        "ETAP, 16-bit P": (etap_model, {"p_parts": 1}),
+        "ETAP, P in two 16-bit parts": (etap_model, {}),
+        "ETAP, P in two 16-bit parts, 4 CTAs": (etap_model, {"num_parts": 4}),
+    }
+    for dtype, length in ((torch.bfloat16, 1000), (torch.bfloat16, 4096), (torch.float16, 4096)):
+        problem = draw(2, length, 16, dtype=dtype)
+        exact = reference(*problem)[0]
+        print(
+            f"{str(dtype).removeprefix('torch.')}, batch 2, {length} keys, 16 heads: error against fp64, RMSE (largest)"
+        )
+        for name, (model, options) in models.items():
+            narrow, wide = (error(model(*problem, **options, out_dtype=d)[0], exact) for d in (dtype, torch.float32))
+            columns = [f"{kind} {e[0]:.2e} ({e[1]:.1e})" for kind, e in (("16-bit", narrow), ("float32", wide))]
+            print(f"  {name:42} {columns[0]}   {columns[1]}")
+
+
+if __name__ == "__main__":
+    main()

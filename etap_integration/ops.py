@@ -1,0 +1,351 @@
+"""The operator: MLA decode attention over a paged or contiguous latent cache, on Hopper GPUs.
+
+Checks are plain Python over shapes, strides and dtypes, so they run on tensors of any device, meta included, and raise
+before anything is launched. TypeError: wrong type or dtype. ValueError: wrong shape, stride or value. RuntimeError:
+wrong device, GPU or build.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from etap_integration import _library
+
+D_LATENT = 512  # width of q_nope, ckv_cache and the output
+D_ROPE = 64  # width of q_rope and kpe_cache
+MAX_HEADS = 128
+DEFAULT_SCALE = (D_LATENT + D_ROPE) ** -0.5
+INT32_MAX = 2**31 - 1
+
+_LOAD_FAILURE = _library.load()
+_OP = torch.ops.etap.mla_decode.default
+_CHECK = os.environ.get("ETAP_CHECK", "0") not in ("", "0")
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def mla_decode(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Tensor | Sequence[int] | int,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    num_ctas: int | None = None,
+    precise: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few query tokens per request over one shared latent KV head (MLA decode, weights absorbed).
+
+    out = softmax(softmax_scale * (q_nope @ ckv^T + q_rope @ kpe^T)) @ ckv, for every query token and head of a request,
+    over the first `cache_seqlens[i]` keys of request i. A request of length 0 gives output 0 and LSE -inf.
+
+    Args:
+      q_nope: (batch, sq, heads, 512), or ragged (total_q, heads, 512) with `cu_seqlens_q`; bfloat16 or float16; heads
+        1 to 128. Any strides; copied where rows are not contiguous and 16-byte aligned.
+      q_rope: the same with 64 in place of 512, same dtype.
+      ckv_cache: (pages, page_size, 512), or (batch, seqlen, 512) where `page_table` is None; the dtype of q_nope. Last
+        dimension contiguous, other strides any, so two views of one 576-wide buffer are fine. Fastest where base and
+        strides are multiples of 16 bytes.
+      kpe_cache: the same with 64 in place of 512. Slots past a request's length may hold anything, NaN included.
+      page_table: (batch, max_pages) int32, any row stride, last dimension contiguous; or None. Entries past a request's
+        last used page are never read.
+      cache_seqlens: keys of each request: int32 tensor (batch,) on the device of q_nope, which is not read on the host;
+        or an int for all requests, a list or a CPU tensor, which are checked (0 to the cache's capacity) and copied.
+      cu_seqlens_q: (batch + 1,) int32 on the device: request i owns query rows cu_seqlens_q[i] to cu_seqlens_q[i + 1].
+      max_seqlen_q: longest query of the batch; required with `cu_seqlens_q`, otherwise sq.
+      softmax_scale: default 576 ** -0.5.
+      causal: query token j of sq sees keys up to cache_seqlens - sq + j (bottom-right aligned); a token that sees none
+        gives output 0 and LSE -inf.
+      out: written and returned: the shape of q_nope, its dtype or float32, rows contiguous and 16-byte aligned.
+        Default: new, in the dtype of q_nope.
+      return_lse: return (out, lse) too.
+      num_ctas: how many SMs to use, 1 to all; default all.
+      precise: split P into a high and a low 16-bit part. Default: yes, but on H20-class GPUs, where the tensor cores
+        are the limit.
+
+    Returns:
+      out, or (out, lse) with lse float32, natural logarithm, (batch, heads, sq) or (heads, total_q) when ragged.
+
+    Raises:
+      TypeError, ValueError, RuntimeError: as the module says, before any launch. Contents of tensors on the device
+      (lengths, page table, cu_seqlens_q) are read and checked only under ETAP_CHECK=1, which synchronises.
+    """
+    batch, max_q, lengths, p_parts = _check_arguments(
+        q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
+        causal, out, return_lse, num_ctas, precise,
+    )  # fmt: skip
+    device = q_nope.device
+    if not q_nope.is_meta:
+        p_parts = _check_device(device, num_ctas, p_parts)
+        if _LOAD_FAILURE is not None:
+            raise RuntimeError(_LOAD_FAILURE)
+        if _CHECK:
+            _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q)
+
+    if out is None:
+        out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=device)
+    lse = None
+    if return_lse:
+        shape = (q_nope.shape[1], q_nope.shape[0]) if cu_seqlens_q is not None else (batch, q_nope.shape[2], max_q)
+        lse = torch.empty(shape, dtype=torch.float32, device=device)
+    if batch > 0 and out.shape[0] > 0:
+        if lengths is not None:
+            cache_seqlens = _to_device(lengths, batch, device)
+        _OP(
+            q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_q,
+            DEFAULT_SCALE if softmax_scale is None else float(softmax_scale), causal, out, lse,
+            0 if num_ctas is None else num_ctas, p_parts,
+        )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale, causal,
+    out, return_lse, num_ctas, precise,
+) -> tuple[int, int, list[int] | int | None, int]:  # fmt: skip
+    """Everything that can be said of a call without a GPU. Arguments as `mla_decode`'s, all of them given.
+
+    Returns (batch, max_seqlen_q, lengths, p_parts): `lengths` is the host's copy of cache_seqlens, an int for all
+    requests or a list, None where they lie on the device; p_parts is 1 or 2, 0 where `precise` leaves it to the device.
+    Raises as `mla_decode` does, the message naming the argument, its value and what is allowed.
+    """
+    for name, value in (("q_nope", q_nope), ("q_rope", q_rope), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    dtype, device = q_nope.dtype, q_nope.device
+    if dtype not in _DTYPES:
+        raise TypeError(f"q_nope: dtype {dtype}, expected torch.bfloat16 or torch.float16")
+    for name, value in (("q_rope", q_rope), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
+        if value.dtype != dtype:
+            raise TypeError(f"{name}: dtype {value.dtype}, expected {dtype}, as q_nope")
+        if value.device != device:
+            raise RuntimeError(f"{name}: on {value.device}, expected {device}, as q_nope")
+
+    # queries
+    ragged = cu_seqlens_q is not None
+    q_shape = q_nope.shape
+    if len(q_shape) != (3 if ragged else 4) or q_shape[-1] != D_LATENT:
+        layout = f"(total_q, heads, {D_LATENT}) with cu_seqlens_q" if ragged else f"(batch, sq, heads, {D_LATENT})"
+        raise ValueError(f"q_nope: shape {tuple(q_shape)}, expected {layout}")
+    heads = q_shape[-2]
+    if not 1 <= heads <= MAX_HEADS:
+        raise ValueError(f"q_nope: {heads} heads, expected 1 to {MAX_HEADS}")
+    if q_rope.shape != (*q_shape[:-1], D_ROPE):
+        raise ValueError(f"q_rope: shape {tuple(q_rope.shape)}, expected {(*q_shape[:-1], D_ROPE)}, as q_nope's")
+    if ragged:
+        _check_int32(cu_seqlens_q, "cu_seqlens_q", 1, device)
+        batch = cu_seqlens_q.shape[0] - 1
+        if batch < 0:
+            raise ValueError("cu_seqlens_q: empty, expected batch + 1 entries")
+        if max_seqlen_q is None:
+            raise ValueError("max_seqlen_q: None, expected the longest query of the batch, as cu_seqlens_q is given")
+        max_q = _check_int(max_seqlen_q, "max_seqlen_q", 1, INT32_MAX)
+    else:
+        batch, max_q = q_shape[0], q_shape[1]
+        if max_q < 1:
+            raise ValueError(f"q_nope: sq is {max_q}, expected at least 1")
+        if max_seqlen_q is not None and max_seqlen_q != max_q:
+            raise ValueError(f"max_seqlen_q: {max_seqlen_q}, expected {max_q}, q_nope's sq, or None")
+
+    # caches
+    cache_shape = ckv_cache.shape
+    if len(cache_shape) != 3 or cache_shape[2] != D_LATENT:
+        layout = f"(batch, seqlen, {D_LATENT})" if page_table is None else f"(pages, page_size, {D_LATENT})"
+        raise ValueError(f"ckv_cache: shape {tuple(cache_shape)}, expected {layout}")
+    if kpe_cache.shape != (*cache_shape[:2], D_ROPE):
+        raise ValueError(
+            f"kpe_cache: shape {tuple(kpe_cache.shape)}, expected {(*cache_shape[:2], D_ROPE)}, as ckv_cache's"
+        )
+    for name, value in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
+        if value.stride(2) != 1:
+            raise ValueError(f"{name}: strides {value.stride()}, expected a contiguous last dimension")
+    capacity = cache_shape[1]
+    if page_table is None:
+        if cache_shape[0] < batch:
+            raise ValueError(f"ckv_cache: {cache_shape[0]} requests, expected q's {batch}, as page_table is None")
+    else:
+        _check_int32(page_table, "page_table", 2, device)
+        if page_table.shape[0] != batch:
+            raise ValueError(f"page_table: shape {tuple(page_table.shape)}, expected ({batch}, max_pages)")
+        if capacity < 1:
+            raise ValueError(f"ckv_cache: page_size {capacity}, expected at least 1")
+        capacity *= page_table.shape[1]
+
+    lengths = _check_lengths(cache_seqlens, batch, capacity, device)
+
+    # the rest
+    if softmax_scale is not None:
+        if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+            raise TypeError(f"softmax_scale: expected a float or None, got {type(softmax_scale).__name__}")
+        if not (0 < softmax_scale < math.inf):
+            raise ValueError(f"softmax_scale: {softmax_scale}, expected a positive finite number")
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    if precise is not None and not isinstance(precise, bool):
+        raise TypeError(f"precise: expected a bool or None, got {type(precise).__name__}")
+    if num_ctas is not None:
+        _check_int(num_ctas, "num_ctas", 1, INT32_MAX)
+    if out is not None:
+        _check_out(out, q_shape, dtype, device)
+    if torch.is_grad_enabled() and (
+        q_nope.requires_grad or q_rope.requires_grad or ckv_cache.requires_grad or kpe_cache.requires_grad
+    ):
+        raise RuntimeError("mla_decode has no backward: call it under torch.no_grad(), or detach its inputs")
+    return batch, max_q, lengths, 0 if precise is None else 2 if precise else 1
+
+
+def _check_int(value, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: {value}, expected {low} to {high}")
+    return value
+
+
+def _check_int32(value, name: str, dims: int, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name}: dtype {value.dtype}, expected torch.int32")
+    if value.device != device:
+        raise RuntimeError(f"{name}: on {value.device}, expected {device}, as q_nope")
+    shape = value.shape
+    if len(shape) != dims:
+        raise ValueError(f"{name}: shape {tuple(shape)}, expected {dims} dimension{'s' if dims > 1 else ''}")
+    if shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name}: strides {value.stride()}, expected a contiguous last dimension")
+
+
+def _check_lengths(value, batch: int, capacity: int, device: torch.device) -> list[int] | int | None:
+    """cache_seqlens: the host's copy where there is one, else None."""
+    if isinstance(value, Tensor):
+        on_host = value.is_cpu and not torch.compiler.is_compiling()
+        if not on_host:
+            _check_int32(value, "cache_seqlens", 1, device)
+        elif value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cache_seqlens: dtype {value.dtype}, expected torch.int32")
+        if value.shape != (batch,):
+            raise ValueError(f"cache_seqlens: shape {tuple(value.shape)}, expected ({batch},), for q's batch")
+        if not on_host:
+            return None
+        value = value.tolist()
+    elif isinstance(value, int) and not isinstance(value, bool):
+        _check_length(value, "cache_seqlens", capacity)
+        return value
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        if len(value) != batch:
+            raise ValueError(f"cache_seqlens: {len(value)} entries, expected {batch}, q's batch")
+        value = list(value)
+    else:
+        raise TypeError(f"cache_seqlens: expected an int, ints or an int32 tensor, got {type(value).__name__}")
+    for i, n in enumerate(value):
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"cache_seqlens[{i}]: expected an int, got {type(n).__name__}")
+        _check_length(n, f"cache_seqlens[{i}]", capacity)
+    return value
+
+
+def _check_length(n: int, name: str, capacity: int) -> None:
+    if not 0 <= n <= min(capacity, INT32_MAX):
+        raise ValueError(f"{name}: {n}, expected 0 to {capacity}, what the cache holds of a request")
+
+
+def _check_out(out, q_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor or None, got {type(out).__name__}")
+    if out.dtype != dtype and out.dtype != torch.float32:
+        raise TypeError(f"out: dtype {out.dtype}, expected {dtype}, as q_nope, or torch.float32")
+    if out.device != device:
+        raise RuntimeError(f"out: on {out.device}, expected {device}, as q_nope")
+    if out.shape != q_shape:
+        raise ValueError(f"out: shape {tuple(out.shape)}, expected {tuple(q_shape)}, as q_nope's")
+    unit = 16 // out.element_size()
+    *outer, last = out.stride()
+    rows = all(n <= 1 or (s > 0 and s % unit == 0) for n, s in zip(q_shape, outer, strict=False))
+    if last != 1 or not rows or out.storage_offset() % unit:
+        where = f"strides {out.stride()} and offset {out.storage_offset()}"
+        raise ValueError(f"out: {where}, expected contiguous rows at multiples of {unit} elements (16 bytes)")
+
+
+def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q: int) -> None:
+    """ETAP_CHECK=1: reads lengths, page table and cu_seqlens_q on the host (a sync) and raises ValueError."""
+    capacity = ckv_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+    if isinstance(cache_seqlens, Tensor):
+        lengths = cache_seqlens.tolist()
+        for i, n in enumerate(lengths):
+            _check_length(n, f"cache_seqlens[{i}]", capacity)
+        if page_table is not None:
+            table, page_size, pages = page_table.tolist(), ckv_cache.shape[1], ckv_cache.shape[0]
+            for i, n in enumerate(lengths):
+                for j, page in enumerate(table[i][: -(-n // page_size)]):
+                    if not 0 <= page < pages:
+                        raise ValueError(f"page_table[{i}, {j}]: {page}, expected 0 to {pages - 1}")
+    if cu_seqlens_q is not None:
+        ends = cu_seqlens_q.tolist()
+        if ends[0] != 0 or ends[-1] != q_nope.shape[0]:
+            raise ValueError(f"cu_seqlens_q: runs from {ends[0]} to {ends[-1]}, expected 0 to {q_nope.shape[0]}")
+        for i, (a, b) in enumerate(itertools.pairwise(ends)):
+            if not 0 <= b - a <= max_q:
+                raise ValueError(f"cu_seqlens_q: request {i} has {b - a} tokens, expected 0 to max_seqlen_q = {max_q}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_device(device: torch.device, num_ctas: int | None, p_parts: int) -> int:
+    """Raises RuntimeError unless `device` is a Hopper GPU; returns the P parts to use (1 or 2)."""
+    if device.type != "cuda":
+        raise RuntimeError(f"q_nope: on {device}, expected a Hopper GPU: mla_decode has no other implementation")
+    name, major, minor, sms, default_parts = _device(device.index)
+    if major != 9:
+        raise RuntimeError(f"{device} is {name} with compute capability {major}.{minor}, expected 9.0: Hopper only")
+    if num_ctas is not None and num_ctas > sms:
+        raise ValueError(f"num_ctas: {num_ctas}, expected 1 to {sms}, the SMs of {name}")
+    return p_parts or default_parts
+
+
+def _device(index: int) -> tuple[str, int, int, int, int]:
+    """Name, compute capability, number of SMs and default P parts of a GPU, asked for once."""
+    found = _DEVICES.get(index)
+    if found is None:
+        p = torch.cuda.get_device_properties(index)
+        sms = p.multi_processor_count
+        found = _DEVICES[index] = (p.name, p.major, p.minor, sms, default_p_parts(p.name, sms))
+    return found
+
+
+_DEVICES: dict[int, tuple[str, int, int, int, int]] = {}
+_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it while tracing
+
+
+def default_p_parts(name: str, sms: int) -> int:
+    """2 (P in a high and a low 16-bit part), but 1 on an H20, with a quarter of an H200's tensor rate per SM."""
+    return 1 if re.search(r"\bH20\b", name) or sms == 78 else 2
+
+
+def _to_device(lengths: list[int] | int, batch: int, device: torch.device) -> Tensor:
+    """int32 (batch,); an int needs no copy from the host and can be captured in a graph."""
+    if isinstance(lengths, int):
+        return torch.full((batch,), lengths, dtype=torch.int32, device=device)
+    return torch.tensor(lengths, dtype=torch.int32, device=device)

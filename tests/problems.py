@@ -1,0 +1,251 @@
+"""Decode problems: drawn from a seed, built on any device, and judged against fp64.
+
+A problem's cache is NaN wherever a kernel has no business: unreferenced pages, the tail of each last page, padding
+between rows and pages. Page ids past a request's last page are -1, one too many, or as far out as int32 goes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etap_integration import numerics
+
+PAGE_SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 100, 128)
+HEADS = (1, 5, 8, 16, 17, 32, 64, 128)
+CACHE_LAYOUTS = ("views", "views", "separate", "padded", "odd")
+QUERY_LAYOUTS = ("contiguous", "views", "transposed", "misaligned", "offset")
+LOGITS = ("normal", "extreme", "rising", "falling")
+HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 2.0**-25}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of mla_decode. `page_size` 0: an unpaged cache; `q_lens` None: not ragged, `sq` tokens each."""
+
+    lengths: tuple[int, ...]
+    heads: int = 16
+    sq: int = 1
+    q_lens: tuple[int, ...] | None = None
+    page_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype | None = None
+    causal: bool = False
+    cache_layout: str = "views"
+    query_layout: str = "contiguous"
+    logits: str = "normal"
+    softmax_scale: float | None = None
+    precise: bool | None = None
+    num_ctas: int | None = None
+    poison: float = math.nan
+    seed: int = 0
+
+    @property
+    def query_lengths(self) -> tuple[int, ...]:
+        return self.q_lens if self.q_lens is not None else (self.sq,) * len(self.lengths)
+
+    def with_(self, **changes: Any) -> Problem:
+        return replace(self, **changes)
+
+
+@dataclass
+class Built:
+    """A problem's tensors: `args` and `options` are mla_decode's, host copies of lengths beside them."""
+
+    problem: Problem
+    args: tuple
+    options: dict[str, Any]
+    logit_bound: float
+
+    def reference(self, model=numerics.reference, **more: Any) -> tuple[Tensor, Tensor]:
+        """A function of `numerics` on this problem."""
+        p = self.problem
+        cu = None if p.q_lens is None else cumulative(p.q_lens)
+        options = {"cu_seqlens_q": cu, "softmax_scale": p.softmax_scale, "causal": p.causal, **more}
+        return model(*self.args[:5], p.lengths, **options)
+
+    def new_out(self) -> Tensor:
+        """A poisoned output."""
+        q = self.args[0]
+        return torch.full(q.shape, math.nan, dtype=self.problem.out_dtype or q.dtype, device=q.device)
+
+
+def cumulative(q_lens: tuple[int, ...]) -> list[int]:
+    """cu_seqlens_q."""
+    ends = [0]
+    for n in q_lens:
+        ends.append(ends[-1] + n)
+    return ends
+
+
+def draw(seed: int) -> Problem:
+    """A problem for a seed: every axis at random, with a taste for edges."""
+    r = random.Random(seed)
+    page_size = r.choice((0, *PAGE_SIZES, *PAGE_SIZES))
+    heads, sq = r.choice(HEADS), r.choice((1, 1, 1, 2, 3, 4, 5, 6, 7, 8))
+    edge = page_size or 64
+    edges = (0, 1, 63, 64, 65, 127, 128, 129, edge - 1, edge, edge + 1, 2 * edge - 1, 2 * edge, 2 * edge + 1)
+
+    def length() -> int:
+        return r.choice((r.choice(edges), r.choice(edges), r.randint(0, 200), r.randint(200, 900)))
+
+    batch = r.choice((1, 1, 2, 3, 4, 5, 7, 9))
+    lengths = [length() for _ in range(batch)]
+    if r.random() < 0.2:
+        lengths[r.randrange(batch)] = r.randint(1000, 6000)
+    ragged = r.random() < 0.3
+    return Problem(
+        lengths=tuple(lengths),
+        heads=heads,
+        sq=sq,
+        q_lens=tuple(r.randint(0, sq) for _ in range(batch)) if ragged else None,
+        page_size=page_size,
+        dtype=r.choice((torch.bfloat16, torch.bfloat16, torch.float16)),
+        out_dtype=r.choice((None, None, torch.float32)),
+        causal=r.random() < 0.6,
+        cache_layout=r.choice(CACHE_LAYOUTS),
+        query_layout=r.choice(QUERY_LAYOUTS),
+        logits=r.choice(("normal", "normal", *LOGITS)),
+        softmax_scale=r.choice((None, None, 0.07, 192**-0.5)),
+        precise=r.choice((None, None, True, False)),
+        num_ctas=r.choice((None, None, None, 1, 7, 78)),
+        seed=seed,
+    )
+
+
+def build(p: Problem, device: torch.device | str) -> Built:
+    """The problem's tensors on `device`."""
+    generator = torch.Generator(device).manual_seed(p.seed)
+    r = random.Random(p.seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    tokens, keys = sum(p.query_lengths), sum(p.lengths)
+    q, kv = normal(tokens, p.heads, 576), normal(keys, 576)
+    scale = p.softmax_scale or numerics.DEFAULT_SCALE
+    if p.logits == "extreme":  # |logit| up to about 1e4
+        q *= 2500 / (24 * scale)
+    elif p.logits in ("rising", "falling"):  # the maximum keeps moving, or is the first key's
+        ramp = torch.cat([torch.linspace(-40, 40, n, device=device) for n in p.lengths])
+        q[..., -1], kv[:, -1] = 1 / scale, ramp if p.logits == "rising" else -ramp
+    q, kv = q.to(p.dtype), kv.to(p.dtype)
+    bound = scale * (_norm(q) * _norm(kv))
+
+    table, pages, slots = _place(p, r, device)
+    ckv, kpe = _caches(p, pages, device)
+    if keys:
+        ckv[slots], kpe[slots] = kv[:, :512], kv[:, 512:]
+    q_nope, q_rope = _queries(p, q)
+    lengths = torch.tensor(p.lengths, dtype=torch.int32, device=device)
+    options: dict[str, Any] = {
+        "softmax_scale": p.softmax_scale, "causal": p.causal, "precise": p.precise, "num_ctas": p.num_ctas,
+    }  # fmt: skip
+    if p.q_lens is not None:
+        cu = torch.tensor(cumulative(p.q_lens), dtype=torch.int32, device=device)
+        options |= {"cu_seqlens_q": cu, "max_seqlen_q": max(p.sq, *p.q_lens)}
+    return Built(p, (q_nope, q_rope, ckv, kpe, table, lengths), options, bound)
+
+
+def _norm(rows: Tensor) -> float:
+    return rows.float().norm(dim=-1).max().item() if rows.numel() else 0.0
+
+
+def _place(p: Problem, r: random.Random, device) -> tuple[Tensor | None, int, tuple[Tensor, Tensor]]:
+    """(page table or None, number of pages or requests, (page, offset) of every key in order)."""
+    batch = len(p.lengths)
+    positions = torch.cat([torch.arange(n) for n in p.lengths]) if batch else torch.arange(0)
+    request = torch.repeat_interleave(torch.arange(batch), torch.tensor(p.lengths, dtype=torch.long))
+    if p.page_size == 0:
+        return None, batch, (request.to(device), positions.to(device))
+    used = [-(-n // p.page_size) for n in p.lengths]
+    pages = sum(used) + 1 + r.randint(0, 3)
+    shuffled = torch.randperm(pages, generator=torch.Generator().manual_seed(p.seed)).int()
+    width = max(used, default=0) + r.randint(1, 3)
+    stray = torch.tensor([-1, pages, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    table = stray[torch.arange(batch * (width + 3)) % 4].view(batch, width + 3)
+    first = 0
+    for i, n in enumerate(used):
+        table[i, :n] = shuffled[first : first + n]
+        first += n
+    page = table[request, positions // p.page_size].long()
+    slots = (page.to(device), (positions % p.page_size).to(device))
+    return table.to(device)[:, :width], pages, slots  # a row stride wider than the table
+
+
+def _caches(p: Problem, pages: int, device) -> tuple[Tensor, Tensor]:
+    """Both caches, all poison."""
+    rows = p.page_size or max(p.lengths, default=0) + 2
+    poisoned = lambda n: torch.full((n,), p.poison, dtype=p.dtype, device=device)  # noqa: E731
+    if p.cache_layout == "views":
+        buffer = poisoned(pages * rows * 576).view(pages, rows, 576)
+        return buffer[..., :512], buffer[..., 512:]
+    extra = {"separate": 0, "padded": 8, "odd": 1}[p.cache_layout]  # 1: no row but the first is 16-byte aligned
+
+    def cache(width: int, after_page: int) -> Tensor:
+        row = width + extra
+        page = rows * row + after_page * extra
+        return poisoned(pages * page).as_strided((pages, rows, width), (page, row, 1))
+
+    return cache(512, 3), cache(64, 5)
+
+
+def _queries(p: Problem, q: Tensor) -> tuple[Tensor, Tensor]:
+    """q (tokens, heads, 576) as q_nope and q_rope in the problem's layout and shape."""
+    if p.query_layout == "misaligned":
+        q = torch.nn.functional.pad(q, (1, 0))[..., 1:]
+    parts = q[..., :512], q[..., 512:]
+    if p.query_layout == "contiguous":
+        parts = parts[0].contiguous(), parts[1].contiguous()
+    elif p.query_layout == "offset":  # contiguous, but one element past an aligned address
+        parts = tuple(torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in parts)
+    elif p.query_layout == "transposed":
+        parts = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in parts)
+    if p.q_lens is not None:
+        return parts
+    return tuple(x.unflatten(0, (len(p.lengths), p.sq)) for x in parts)
+
+
+def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: Tensor | None = None) -> None:
+    """Asserts that `out` and `lse` are as good as a kernel's should be that computes P in `p_parts` 16-bit parts.
+
+    Against fp64: everything finite; the largest error at most twice, and RMS at most 1.5 times (1.1 times with two
+    parts), that of `rounded_reference`, plus P's own rounding where the reference happens to have none; a tenth of that
+    for two parts and float32 output, where nothing but P is rounded; each row's largest error likewise, plus half an
+    ulp of the output; LSE within 1e-5, -inf exactly where no key is seen.
+    """
+    p = built.problem
+    exact, exact_lse = built.reference()
+    if rounded is None:
+        rounded = built.reference(numerics.rounded_reference, out_dtype=p.out_dtype)[0]
+    assert out.dtype == (p.out_dtype or p.dtype) and out.shape == exact.shape, (out.dtype, out.shape, p)
+    if out.numel():
+        bad = ~out.isfinite()
+        assert not bad.any(), f"{int(bad.sum())} of {out.numel()} outputs not finite, first {_first(bad)}: {p}"
+        part = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[p.dtype]
+        own = (part if p_parts == 1 else 4 * part * part) + 2.0**-22 * (1 + built.logit_bound)
+        ours, theirs = (out.double() - exact).abs(), (rounded.double() - exact).abs()
+        size = exact.abs()
+        rms = [x.pow(2).mean().sqrt().item() for x in (ours, theirs, size)]
+        by_rms, by_max = (1.5, 2.0) if p_parts == 1 else (0.1, 0.2) if out.dtype == torch.float32 else (1.1, 2.0)
+        limit = by_rms * rms[1] + own * rms[2] + 1e-30
+        assert rms[0] <= limit, f"RMSE {rms[0]:.3e} > {limit:.3e}, reference's {rms[1]:.3e}: {p}"
+        limit = by_max * theirs.max() + own * size.max() + 1e-30
+        assert ours.max() <= limit, f"error {ours.max():.3e} > {limit:.3e} at {_first(ours == ours.max())}: {p}"
+        row_limit = by_max * theirs.amax(-1) + (own + HALF_ULP[out.dtype]) * size.amax(-1) + 1e-30
+        over = ours.amax(-1) > row_limit
+        assert not over.any(), f"{int(over.sum())} rows of {over.numel()} too far off, first {_first(over)}: {p}"
+    if lse is not None:
+        assert lse.dtype == torch.float32 and lse.shape == exact_lse.shape, (lse.dtype, lse.shape, p)
+        unseen = exact_lse == -math.inf
+        assert torch.equal(lse == -math.inf, unseen), f"LSE -inf in the wrong place: {p}"
+        error = torch.where(unseen, 0.0, lse.double() - exact_lse).abs()
+        limit = 1e-5 * (1 + exact_lse.abs()) + 2.0**-22 * built.logit_bound
+        over = ~unseen & ~(error <= limit)
+        assert not over.any(), f"LSE off by {error.nan_to_num(math.inf).max():.3e}, first {_first(over)}: {p}"
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[0].tolist())

@@ -1,0 +1,127 @@
+"""The tile-accurate models against fp64: ETAP with P in two parts is as exact as fp32, with one part as a query-major
+kernel, and masks, empty rows and merges are right."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import PAGE_SIZES, Problem, build, draw, judge
+
+from etap_integration import numerics
+
+
+def rmse(model, problem: tuple, exact: torch.Tensor, **options) -> float:
+    return numerics.error(model(*problem, **options)[0], exact)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("length", [100, 1000, 3000])
+def test_two_parts_beat_one(dtype: torch.dtype, length: int) -> None:
+    problem = numerics.draw(2, length, 16, dtype=dtype)
+    exact = numerics.reference(*problem)[0]
+    wide = {"out_dtype": torch.float32}
+    one, two = (rmse(numerics.etap_model, problem, exact, p_parts=n, **wide) for n in (1, 2))
+    usual = rmse(numerics.query_major_model, problem, exact, **wide)
+    assert two < 0.01 * one, (one, two)
+    assert one < 1.25 * usual, "a reference maximum up to 8 too low must not cost P its bits"
+    rounded = rmse(numerics.etap_model, problem, exact)
+    assert rounded < rmse(numerics.query_major_model, problem, exact)
+    assert rounded < 1.01 * numerics.error(exact.to(dtype), exact)[0], "only the output's own rounding should be left"
+
+
+def test_splits_cost_nothing_in_fp32() -> None:
+    problem = numerics.draw(2, 3000, 16)
+    exact = numerics.reference(*problem)[0]
+    whole, split = (rmse(numerics.etap_model, problem, exact, num_parts=n) for n in (1, 7))
+    assert split < 1.01 * whole
+    usual = numerics.query_major_model
+    in_fp32, in_bf16 = (rmse(usual, problem, exact, num_parts=7, partial_dtype=d) for d in (torch.float32, None))
+    assert in_bf16 > 1.1 * in_fp32, "partials kept in 16 bits are what this project avoids"
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_drawn_problems(seed: int) -> None:
+    problem = draw(seed)
+    lengths = tuple(min(n, 700) for n in problem.lengths)
+    problem = problem.with_(lengths=lengths, heads=min(problem.heads, 17))
+    built = build(problem, "cpu")
+    parts = 1 if problem.precise is False else 2
+    options = {"p_parts": parts, "num_parts": 1 + seed % 4, "out_dtype": problem.out_dtype}
+    judge(built, *built.reference(numerics.etap_model, **options), parts)
+
+
+@pytest.mark.parametrize("page_size", (0, *PAGE_SIZES))
+def test_page_edges(page_size: int) -> None:
+    p = page_size or 64
+    lengths = tuple(sorted({0, 1, p - 1, p, p + 1, 2 * p + 1, 63, 64, 65}))
+    built = build(Problem(lengths=lengths, page_size=page_size, sq=3, causal=True, heads=5), "cpu")
+    judge(built, *built.reference(numerics.etap_model), 2)
+
+
+@pytest.mark.parametrize("logits", ["extreme", "rising", "falling"])
+@pytest.mark.parametrize("p_parts", [1, 2])
+def test_hard_logits(logits: str, p_parts: int) -> None:
+    built = build(Problem(lengths=(700, 64, 129), logits=logits), "cpu")
+    for num_parts in (1, 3):
+        judge(built, *built.reference(numerics.etap_model, p_parts=p_parts, num_parts=num_parts), p_parts)
+
+
+def test_reference_against_plain_attention() -> None:
+    """fp64 softmax attention written out, paged, causal, one request longer than the other."""
+    built = build(Problem(lengths=(130, 5), sq=4, heads=3, page_size=16, causal=True), "cpu")
+    out, lse = built.reference()
+    q_nope, q_rope, ckv, kpe, table, _ = built.args
+    for i, n in enumerate((130, 5)):
+        slots = [(int(table[i, j // 16]), j % 16) for j in range(n)]
+        c, r = (torch.stack([x[s] for s in slots]).double() for x in (ckv, kpe))
+        for t in range(4):
+            seen = n - 4 + t + 1
+            s = (q_nope[i, t].double() @ c[:seen].T + q_rope[i, t].double() @ r[:seen].T) / 24
+            assert torch.allclose(out[i, t], s.softmax(-1) @ c[:seen], rtol=1e-12)
+            assert torch.allclose(lse[i, :, t], s.logsumexp(-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "model", [numerics.reference, numerics.rounded_reference, numerics.etap_model, numerics.query_major_model]
+)
+def test_rows_that_see_nothing(model) -> None:
+    built = build(Problem(lengths=(0, 2, 1), sq=4, heads=2, causal=True), "cpu")
+    out, lse = built.reference(model)
+    visible = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 2], [0, 0, 0, 1]])
+    assert torch.equal(lse == -math.inf, (visible == 0)[:, None].expand(3, 2, 4))
+    assert (out[visible == 0] == 0).all() and out.isfinite().all()
+
+
+def test_ragged_layout() -> None:
+    built = build(Problem(lengths=(70, 0, 9), q_lens=(2, 1, 3), sq=3, heads=5), "cpu")
+    out, lse = built.reference(numerics.etap_model)
+    assert out.shape == (6, 5, 512) and lse.shape == (5, 6)
+    assert (lse[:, 2] == -math.inf).all() and (out[2] == 0).all()
+    judge(built, out, lse, 2)
+
+
+def test_a_stale_reference_maximum_is_bounded() -> None:
+    """With a maximum that creeps up by less than 8 a tile, P stays under 2^8 and l and O stay exact."""
+    built = build(Problem(lengths=(640,), logits="rising", out_dtype=torch.float32), "cpu")
+    exact, exact_lse = built.reference()
+    for raise_by in (0.0, 8.0):
+        out, lse = built.reference(numerics.etap_model, raise_by=raise_by, out_dtype=torch.float32)
+        assert (out.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+        assert (lse.double() - exact_lse).abs().max() < 1e-4
+
+
+def test_judge_catches_a_dropped_key() -> None:
+    built = build(Problem(lengths=(200, 65)), "cpu")
+    fewer = built.reference(lambda *args, **options: numerics.etap_model(*args[:5], (199, 65), **options))
+    with pytest.raises(AssertionError):
+        judge(built, *fewer, 2)
+
+
+def test_judge_catches_nan() -> None:
+    built = build(Problem(lengths=(200, 65)), "cpu")
+    out, lse = built.reference(numerics.etap_model)
+    out[1, 0, 3, 7] = math.nan
+    with pytest.raises(AssertionError, match=r"not finite, first \(1, 0, 3, 7\)"):
+        judge(built, out, lse, 2)

@@ -1,0 +1,177 @@
+"""The operator's plumbing without a GPU: registration, shape inference, torch.compile, and what reaches the kernel.
+
+The numerics model stands in for the kernel, registered for the CPU for the length of a test.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from problems import Built, Problem, build, draw, judge
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import etap_integration
+from etap_integration import _library, mla_decode, numerics, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+    """Registers the model for the CPU and lets CPU tensors through; gives the arguments of each call."""
+    calls: list[tuple] = []
+
+    def kernel(*args) -> None:
+        calls.append(args)
+        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts = args
+        options = {
+            "cu_seqlens_q": cu,
+            "softmax_scale": scale,
+            "causal": causal,
+            "p_parts": parts,
+            "out_dtype": out.dtype,
+        }
+        result, result_lse = numerics.etap_model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
+        assert max_q >= max(numerics.query_lengths(q_nope, cu))
+        out.copy_(result)
+        if lse is not None:
+            lse.copy_(result_lse)
+
+    monkeypatch.setattr(ops, "_check_device", lambda device, num_ctas, parts: parts or 2)
+    monkeypatch.setattr(ops, "_LOAD_FAILURE", None)
+    with torch.library._scoped_library("etap", "FRAGMENT") as library:
+        library.impl("mla_decode", kernel, "CPU")
+        yield calls
+
+
+def run(built: Built) -> tuple[torch.Tensor, torch.Tensor]:
+    return mla_decode(*built.args, **built.options, out=built.new_out(), return_lse=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]) -> None:
+    problem = draw(seed)
+    lengths = tuple(min(n, 300) for n in problem.lengths)
+    built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
+    out, lse = run(built)
+    judge(built, out, lse, 1 if problem.precise is False else 2)
+
+
+def test_defaults(stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(70, 3)), "cpu")
+    out = mla_decode(*built.args)
+    assert isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16
+    *_, table, lengths, cu, max_q, scale, causal, passed, lse, num_ctas, parts = stand_in[0]
+    assert (cu, max_q, causal, lse, num_ctas, parts) == (None, 1, False, None, 0, 2)
+    assert math.isclose(scale, 576**-0.5) and passed is out and table is built.args[4]
+    assert lengths.dtype == torch.int32 and lengths.tolist() == [70, 3]
+    mla_decode(*built.args, num_ctas=78, precise=False)
+    assert stand_in[1][-2:] == (78, 1)
+
+
+@pytest.mark.parametrize("lengths", [70, [70, 70], (70, 70), torch.tensor([70, 70])], ids=str)
+def test_lengths_from_the_host(lengths, stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(70, 70)), "cpu")
+    mla_decode(*built.args[:5], lengths)
+    assert stand_in[0][5].dtype == torch.int32 and stand_in[0][5].tolist() == [70, 70]
+
+
+def test_empty_batches_launch_nothing(stand_in: list[tuple]) -> None:
+    for problem in (Problem(lengths=()), Problem(lengths=(5, 6), q_lens=(0, 0))):
+        out, lse = run(build(problem, "cpu"))
+        assert out.numel() == 0 and lse.numel() == 0
+    assert not stand_in
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_shapes_on_meta_tensors(ragged: bool, out_dtype: torch.dtype | None) -> None:
+    q_lens = (3, 0, 2) if ragged else None
+    built = build(Problem(lengths=(7, 200, 64), sq=3, q_lens=q_lens, out_dtype=out_dtype), "cpu")
+    args = [x.to("meta") for x in built.args]
+    options = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in built.options.items()}
+    out, lse = mla_decode(*args, **options, return_lse=True)
+    assert out.shape == built.args[0].shape and out.dtype == torch.bfloat16 and out.device.type == "meta"
+    assert lse.shape == ((16, 5) if ragged else (3, 16, 3)) and lse.dtype == torch.float32
+    wide = torch.empty(args[0].shape, dtype=torch.float32, device="meta")
+    assert mla_decode(*args, **options, out=wide) is wide
+
+
+def test_operator_on_fake_tensors() -> None:
+    with FakeTensorMode():
+        q_nope, q_rope = (torch.empty(4, 1, 16, n, dtype=torch.bfloat16) for n in (512, 64))
+        ckv, kpe = (torch.empty(50, 64, n, dtype=torch.bfloat16) for n in (512, 64))
+        table, lengths = (torch.empty(*s, dtype=torch.int32) for s in ((4, 12), (4,)))
+        args = (q_nope, q_rope, ckv, kpe, table, lengths, None, 1, 0.1, False)
+        assert torch.ops.etap.mla_decode(*args, torch.empty_like(q_nope), torch.empty(4, 16, 1), 0, 2) is None
+        with pytest.raises(RuntimeError, match="out: shape"):
+            torch.ops.etap.mla_decode(*args, q_rope, None, 0, 2)
+
+
+def test_compiles_without_a_graph_break(stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(100, 0), sq=2, causal=True, poison=0.0), "cpu")
+    expected, expected_lse = run(built)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(*args):
+        out, lse = mla_decode(*args, return_lse=True, causal=True)
+        return out + 0, lse
+
+    out, lse = step(*built.args)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+def test_device_check_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    h20 = SimpleNamespace(name="NVIDIA H20", major=9, minor=0, multi_processor_count=78)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h20)
+    monkeypatch.setattr(ops, "_DEVICES", {})
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x * ops._check_device(torch.device("cuda", 0), 78, 0)
+
+    assert step(torch.ones(1)).item() == 1
+
+
+def test_registration_checks(stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(100, 30), poison=0.0), "cpu")
+    args = (*built.args, None, 1, 0.1, False, built.new_out().zero_(), torch.zeros(2, 16, 1), 0, 2)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.etap.mla_decode.default, args, test_utils=checks)
+
+
+def test_schema_is_the_one_in_the_sources() -> None:
+    sources = list((ROOT / "csrc").rglob("*.cpp"))
+    defined = [m for s in sources for m in re.findall(r"\bm\.def\(((?:\s*\"[^\"]*\")+)\s*\)", s.read_text())]
+    schemas = ["".join(re.findall(r'"([^"]*)"', m)) for m in defined]
+    if not schemas:
+        pytest.skip("no operator is defined under csrc")
+    assert _library.SCHEMA in schemas
+    assert str(torch.ops.etap.mla_decode.default._schema) == f"etap::{_library.SCHEMA}"
+
+
+def test_package_imports_lazily() -> None:
+    code = (
+        "import sys, etap_integration as e; assert 'torch' not in sys.modules; print(e.__version__, sorted(e.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mla_decode" in done.stdout and etap_integration.__version__ in done.stdout
+    assert set(etap_integration.__all__) <= set(dir(etap_integration))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = etap_integration.nothing
+
+
+def test_build_info() -> None:
+    info = etap_integration.build_info()
+    assert info["version"] == etap_integration.__version__
+    assert info["library"]["loaded"] == (info["library"]["reason"] is None)
+    assert isinstance(info["kernels"], dict) and isinstance(info["host"], dict)

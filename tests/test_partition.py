@@ -1,0 +1,133 @@
+"""The partition the GPU runs, from the host module that is compiled from the kernel's own headers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+TILE = 64
+Work = list[list["Piece"]]
+
+
+class Piece(NamedTuple):
+    """A CTA's run of tiles [begin, end) of one row tile of one request; `part` of `num_parts` such runs."""
+
+    request: int
+    row_tile: int
+    begin: int
+    end: int
+    num_parts: int
+    part: int
+    slot: int
+
+
+@pytest.fixture(scope="session")
+def partition(host: ModuleType):
+    """The partition as one list of pieces per CTA: the only place that knows the host module's form."""
+
+    def call(lengths: list[int], q_lens: list[int] | None, heads: int, row_tile: int, num_ctas: int) -> Work:
+        work = host.cta_work(lengths, q_lens, heads, row_tile, num_ctas)
+        return [[Piece(*piece) for piece in pieces] for pieces in work]
+
+    return call
+
+
+lengths_ = st.one_of(
+    st.lists(st.integers(0, 400), max_size=200),
+    st.lists(st.sampled_from((0, 1, 63, 64, 65, 128, 4096, 8192)), max_size=64),
+    st.lists(st.integers(0, 140_000), min_size=1, max_size=8),
+    st.builds(lambda n, length: [length] * n, st.integers(1, 150), st.integers(0, 70_000)),
+)
+
+
+@st.composite
+def problems(draw) -> tuple[list[int], list[int] | None, int, int, int]:
+    lengths = draw(lengths_)
+    q_lens = draw(st.none() | st.lists(st.integers(0, 8), min_size=len(lengths), max_size=len(lengths)))
+    heads = draw(st.sampled_from((1, 5, 8, 16, 17, 32, 64, 128)))
+    return lengths, q_lens, heads, draw(st.sampled_from((8, 16, 32, 64))), draw(st.integers(1, 132))
+
+
+def virtual_requests(lengths: list[int], q_lens: list[int] | None, heads: int, row_tile: int) -> dict[tuple, int]:
+    """{(request, row tile): tiles} of all that have any."""
+    q_lens = q_lens or [1] * len(lengths)
+    return {
+        (i, row): -(-n // TILE)
+        for i, (n, q) in enumerate(zip(lengths, q_lens, strict=True))
+        for row in range(-(-q * heads // row_tile))
+        if n > 0
+    }
+
+
+@settings(max_examples=400, deadline=None)
+@given(problems())
+@example(([], None, 16, 16, 132))
+@example(([0, 0, 0], None, 16, 16, 132))
+@example(([64], None, 16, 16, 132))
+@example(([131072], None, 16, 16, 132))
+@example(([8192] * 16, None, 16, 16, 132))
+@example(([100] * 133, None, 128, 64, 132))
+def test_partition(partition, problem) -> None:
+    lengths, q_lens, heads, row_tile, num_ctas = problem
+    work = partition(*problem)
+    expected = virtual_requests(lengths, q_lens, heads, row_tile)
+    assert len(work) <= num_ctas
+
+    # every tile exactly once, in order
+    runs = defaultdict(list)
+    for pieces in work:
+        for piece in pieces:
+            assert piece.begin < piece.end, piece
+            runs[piece.request, piece.row_tile].append(piece)
+    assert runs.keys() == expected.keys()
+    for key, pieces in runs.items():
+        pieces.sort(key=lambda p: p.part)
+        assert [p.part for p in pieces] == list(range(pieces[0].num_parts)), key
+        assert {p.num_parts for p in pieces} == {len(pieces)}
+        assert [p.begin for p in pieces] == [0, *(p.end for p in pieces[:-1])] and pieces[-1].end == expected[key]
+
+    # balanced: to one tile, or to an eighth where that saves merges
+    total = sum(expected.values())
+    ideal = -(-total // num_ctas)
+    loads = [sum(p.end - p.begin for p in pieces) for pieces in work]
+    assert max(loads, default=0) <= ideal + (max(1, ideal // 8) if total else 0), (loads, ideal)
+
+    # partial results: a slot of its own each, and only the first and the last piece of a CTA may be one
+    slots = [p.slot for pieces in work for p in pieces if p.num_parts > 1]
+    assert len(slots) == len(set(slots)) and all(0 <= s < 2 * num_ctas for s in slots)
+    for pieces in work:
+        assert all(p.num_parts == 1 for p in pieces[1:-1]), pieces
+
+
+def test_equal_requests_are_cut_alike(partition) -> None:
+    """16 requests on 132 SMs: eight CTAs each, one piece a CTA, shares within a tile of each other."""
+    work = [pieces for pieces in partition([65536] * 16, None, 16, 16, 132) if pieces]
+    assert all(len(pieces) == 1 for pieces in work)
+    loads = {p.end - p.begin for pieces in work for p in pieces}
+    assert max(loads) - min(loads) <= 1
+
+
+def test_one_short_request_is_not_split_further_than_its_tiles(partition) -> None:
+    work = partition([130], None, 16, 16, 132)
+    assert sum(len(pieces) for pieces in work) <= 3
+
+
+def test_lengths_alone_decide(partition) -> None:
+    problem = ([100, 0, 5000, 64], [1, 2, 3, 1], 16, 16, 78)
+    assert partition(*problem) == partition(*problem)
+
+
+def test_kernel_configurations_fit(host: ModuleType) -> None:
+    """Every configuration leaves the ring more than a tile and stays inside what sm_90 lets a block have."""
+    configs = host.kernel_configs()
+    assert {c["row_tile"] for c in configs} >= {8, 16, 32, 64}
+    for c in configs:
+        assert c["smem_bytes"] <= 227 * 1024, c
+        assert c["ring_chunks"] >= 10, c
+        assert c["threads"] % 128 == 0, c
+        assert c["p_parts"] in (1, 2), c

@@ -1,0 +1,184 @@
+"""Command line of the benchmark: `python -m tools.bench`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from . import grid as grids
+from . import records, report, rivals, runner
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
+IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+
+
+def _labelled(library: str) -> tuple[str | None, Path]:
+    """Splits `LABEL=PATH`; a bare path has no label."""
+    label, equals, path = library.partition("=")
+    return (label, Path(path)) if equals else (None, Path(library))
+
+
+def _without_libraries(arguments: list[str]) -> list[str]:
+    """The command line's arguments less every `--library`, for the processes that take one each."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--library":
+            skip = True
+        elif not argument.startswith("--library="):
+            kept.append(argument)
+    return kept
+
+
+@app.command()
+def run(
+    grid: Annotated[str, typer.Option(help=f"What to measure: {', '.join(grids.GRIDS)}.")] = "bars",
+    library: Annotated[
+        list[str] | None,
+        typer.Option(help="Our kernel: PATH or LABEL=PATH. Given twice or more, each runs in a process of its own."),
+    ] = None,
+    rivals_dir: Annotated[
+        Path | None, typer.Option("--rivals", help="Folder with the rivals' libraries, as `build-rivals` makes them.")
+    ] = None,
+    impl: Annotated[
+        list[str] | None, typer.Option(help=f"Only these implementations: {', '.join(IMPLEMENTATIONS)}. Repeatable.")
+    ] = None,
+    match: Annotated[
+        list[str] | None,
+        typer.Option(help="Only cells whose text holds all of this, e.g. 'b=16 kv=512 h=16'. Repeatable: any of them."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to append rows to; default tools/bench/results/GRID.jsonl.")
+    ] = None,
+    verify: Annotated[str, typer.Option(help="Compute errors: auto (KV length up to 4096), all, none.")] = "auto",
+    split: Annotated[bool, typer.Option(help="Give our kernel two separate caches, not views of one buffer.")] = False,
+    num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs, or 78 emulated.")] = 0,
+    p_parts: Annotated[int, typer.Option(help="16-bit parts our kernel splits P into; 0: 2, or 1 emulated.")] = 0,
+    span_ms: Annotated[float, typer.Option(help="Device time spent on each call of each cell, in ms.")] = 40.0,
+    sources: Annotated[str | None, typer.Option(help="Hash of the kernel sources, where git is not at hand.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit measured, where git is not at hand.")] = None,
+) -> None:
+    """Measure a grid on this machine's GPU and append one row per implementation and cell."""
+    if library and len(library) > 1:
+        rest = _without_libraries(sys.argv[1:])
+        codes = [subprocess.call([sys.executable, "-m", "tools.bench", *rest, "--library", one]) for one in library]
+        raise typer.Exit(max(codes))
+    if unknown := sorted(set(impl or ()) - set(IMPLEMENTATIONS)):
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(IMPLEMENTATIONS)}", param_hint="--impl")
+    if verify not in ("auto", "all", "none"):
+        raise typer.BadParameter(f"{verify!r} is none of auto, all, none", param_hint="--verify")
+    try:
+        chosen = grids.named(grid).matching(match or ())
+        sources = sources or records.sources_hash()
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
+
+    label, path = _labelled(library[0]) if library else (None, DEFAULT_LIBRARY)
+    settings = runner.Settings(
+        impls=tuple(impl or IMPLEMENTATIONS),
+        library=path,
+        rivals=rivals_dir or rivals.library_dir(),
+        verify=verify,
+        split=split,
+        num_ctas=num_ctas,
+        p_parts=p_parts,
+        span_ms=span_ms,
+    )
+    stamp = runner.stamp(sources, commit or records.head_commit(), records.portable_command(sys.argv[1:]), label)
+    try:
+        failures = runner.run(chosen, settings, stamp, output or records.RESULTS / f"{grid}.jsonl", typer.echo)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from error
+    for failure in failures:
+        typer.echo(f"FAILED {failure}", err=True)
+    raise typer.Exit(1 if failures else 0)
+
+
+@app.command("report")
+def show_report(
+    files: Annotated[list[Path] | None, typer.Argument(help="Files of rows; default all recorded ones.")] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="Report this run; default the last of each file.")] = None,
+    sources: Annotated[str | None, typer.Option(help="Hash of the kernel sources, where git is not at hand.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")] = None,
+) -> None:
+    """Print recorded rows as markdown tables; runs measured from other kernel sources are marked stale."""
+    try:
+        current = sources or records.sources_hash()
+    except RuntimeError:
+        current = None
+        typer.echo("without git and --sources, stale rows cannot be told", err=True)
+    reasons_file = records.RESULTS / "reasons.json"
+    reasons = json.loads(reasons_file.read_text()) if reasons_file.exists() else {}
+    sections = []
+    for path in files or sorted(records.RESULTS.glob("*.jsonl")):
+        rows = records.read(path)
+        rows = [row for row in rows if row.run == run_id] if run_id else report.latest_run(rows)
+        if rows:
+            sections.append(report.run_section(path.stem, rows, current, reasons))
+    if not sections:
+        typer.echo("no rows to report", err=True)
+        raise typer.Exit(1)
+    text = "\n".join(sections)
+    if output:
+        output.write_text(text)
+    else:
+        typer.echo(text)
+
+
+@app.command("build-rivals")
+def build_rivals(
+    which: Annotated[list[str] | None, typer.Argument(help="floor, flashinfer, fa3; default all three.")] = None,
+    throttled: Annotated[bool, typer.Option(help="Build the twins for the emulated H20.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Compilers to run at once.")] = 1,
+) -> None:
+    """Fetch the pinned upstream sources and build the rivals' libraries (about 12 minutes on 2 cores)."""
+    builder = rivals.Builder(throttled=throttled, jobs=jobs, log=typer.echo)
+    steps = {"floor": builder.floor, "flashinfer": builder.flashinfer, "fa3": builder.fa3}
+    if unknown := sorted(set(which or ()) - set(steps)):
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(steps)}")
+    for name in which or steps:
+        if not (throttled and name == "floor"):
+            steps[name]()
+    typer.echo(f"libraries are in {rivals.library_dir()}")
+
+
+@app.command()
+def throttle(
+    include: Annotated[Path, typer.Argument(help="A CUTLASS include folder.", exists=True, file_okay=False)],
+    destination: Annotated[Path, typer.Argument(help="Folder to write; replaced if it exists.")],
+) -> None:
+    """Copy CUTLASS headers with every 16-bit wgmma throttled, to build a kernel for the emulated H20."""
+    typer.echo(f"{rivals.throttle_cutlass(include, destination)} wgmma instructions throttled in {destination}")
+
+
+@app.command("sources")
+def print_sources() -> None:
+    """Print the hash of the kernel sources, as rows record it."""
+    typer.echo(records.sources_hash())
+
+
+@app.command()
+def collect(
+    files: Annotated[list[Path], typer.Argument(help="Files of rows, named after their grid.", exists=True)],
+) -> None:
+    """Append rows that were written elsewhere to the recorded ones, under the same file names."""
+    for path in files:
+        rows = records.read(path)
+        present = set(records.read(target)) if (target := records.RESULTS / path.name).exists() else set()
+        records.append(target, [row for row in rows if row not in present])
+        typer.echo(f"{path.name}: {sum(row not in present for row in rows)} rows added")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m tools.bench")

@@ -1,0 +1,96 @@
+"""Named lists of the cells that a run measures.
+
+A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide
+comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .problem import Problem
+
+K = 1024
+MAX_ROWS = 64
+"""Most query rows (query tokens times heads) of a cell; beyond it decoding is not bound by memory."""
+
+EAGER, GRAPH = "eager", "graph"
+MODES = (EAGER, GRAPH)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """A problem and how its call is issued: `eager`, or `graph` for one replay of a captured CUDA graph."""
+
+    problem: Problem
+    mode: str = EAGER
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A named list of cells; `emulated` names the hardware that the kernels must be built to imitate."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    emulated: str | None = None
+
+    def fitting(self, memory_bytes: int) -> Grid:
+        """The cells whose tensors take at most `memory_bytes`."""
+        return replace(self, cells=tuple(c for c in self.cells if c.problem.memory_bytes <= memory_bytes))
+
+    def matching(self, patterns: Sequence[str]) -> Grid:
+        """The cells that hold every word of at least one pattern, such as `b=16 kv=512`; all if there is none."""
+        if not patterns:
+            return self
+        wanted = [set(pattern.split()) for pattern in patterns]
+        cells = tuple(cell for cell in self.cells if any(words <= set(str(cell).split()) for words in wanted))
+        if not cells:
+            raise ValueError(f"no cell of {self.name} matches; cells read like {str(self.cells[0])!r}")
+        return replace(self, cells=cells)
+
+
+def _powers(first: int, last: int) -> Iterable[int]:
+    while first <= last:
+        yield first
+        first *= 2
+
+
+def _bars() -> Grid:
+    cells = [Cell(Problem(16, kv_len)) for kv_len in _powers(512, 64 * K)]
+    cells += [Cell(Problem(16, kv_len, page_size=1)) for kv_len in (4 * K, 16 * K, 64 * K)]
+    cells += [Cell(Problem(batch, 2 * K, page_size=1)) for batch in (64, 128)]
+    cells += [Cell(Problem(1, kv_len), GRAPH) for kv_len in (2 * K, 8 * K, 32 * K, 128 * K)]
+    return Grid("bars", tuple(cells))
+
+
+def _full() -> Grid:
+    """All batches, heads and query lengths; every length for 16 heads and one query token, every other length else."""
+    cells = []
+    for batch in (1, 4, 16, 64, 128):
+        for heads in (8, 16, 32):
+            for q_len in (1, 2, 4):
+                if heads * q_len > MAX_ROWS:
+                    continue
+                every = list(_powers(512, 128 * K))
+                lengths = every if (heads, q_len) == (16, 1) else every[::2]
+                cells += [Cell(Problem(batch, kv_len, heads, q_len)) for kv_len in lengths]
+    return Grid("full", tuple(cells))
+
+
+def _h20() -> Grid:
+    cells = (Cell(Problem(batch, kv_len)) for batch in (16, 32) for kv_len in _powers(512, 64 * K))
+    return Grid("h20", tuple(cells), emulated="h20")
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {"bars": _bars, "full": _full, "h20": _h20}
+
+
+def named(name: str) -> Grid:
+    """The grid called `name`; raises ValueError listing the names there are."""
+    if name not in GRIDS:
+        raise ValueError(f"no grid is called {name!r}; there are {', '.join(GRIDS)}")
+    return GRIDS[name]()

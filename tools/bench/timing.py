@@ -1,0 +1,158 @@
+"""Cold-cache timing of several kernels side by side.
+
+A sample is the time between two CUDA events around one call, in microseconds: launch, every kernel of the call and
+the gaps between them. Before each call a kernel that overwrites a buffer larger than the L2 cache runs outside the
+timed span, so that the call finds none of its inputs cached; this is what `triton.testing.do_bench` does.
+
+The calls of one problem take turns in rounds, A B C A B C, starting with another one each round: drifting clocks and
+memory refresh then touch all of them alike.
+
+The host enqueues ahead of the device. A sample whose span began before the host had enqueued all of its call may hold
+time of the host; such late samples are dropped where enough others remain, and their share is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Quantiles of the samples of one call, in microseconds.
+
+    Attributes:
+        median_us, p20_us, p80_us: the quantiles.
+        count: samples that went into them.
+        late: share of late samples among all that were taken.
+    """
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    count: int
+    late: float = 0.0
+
+    @classmethod
+    def of(cls, on_time_us: Sequence[float], late_us: Sequence[float] = ()) -> Sample:
+        """Summarises raw samples (microseconds, any order); late ones count only where they are the majority."""
+        kept = [*on_time_us, *late_us] if len(late_us) > len(on_time_us) else on_time_us
+        ordered = sorted(kept)
+        late = len(late_us) / max(1, len(on_time_us) + len(late_us))
+        return cls(quantile(ordered, 0.5), quantile(ordered, 0.2), quantile(ordered, 0.8), len(ordered), late)
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """The `q` quantile of ascending values, interpolated linearly."""
+    if not ordered:
+        raise ValueError("no samples")
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to time one call.
+
+    Attributes:
+        span_ms: device time to spend on one call of one problem, flushes included, in milliseconds.
+        rounds: turns each call gets.
+        min_samples, max_samples: bounds of the sample count.
+    """
+
+    span_ms: float = 40.0
+    rounds: int = 8
+    min_samples: int = 16
+    max_samples: int = 400
+
+    def samples_per_round(self, cost_us: float) -> int:
+        """Calls in one turn, for a call that takes `cost_us` microseconds, its flush included."""
+        samples = min(max(1e3 * self.span_ms / cost_us, self.min_samples), self.max_samples)
+        return max(1, round(samples / self.rounds))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The events around one call, and whether the device reached the first before the host had enqueued the last."""
+
+    start: torch.cuda.Event
+    stop: torch.cuda.Event
+    late: bool
+
+    @property
+    def us(self) -> float:
+        return 1e3 * self.start.elapsed_time(self.stop)
+
+
+class Timer:
+    """Times calls on the current CUDA device and stream.
+
+    Args:
+        budget: how long to time each call.
+        flush_bytes: size of the buffer that is overwritten before each call; must exceed the L2 cache (H200: 60 MB).
+    """
+
+    # The device idles this many clock cycles (about 1 ms) at the start of a round, so that the host runs ahead of it
+    # and no launch delay of the host falls between two events.
+    _HEAD_START_CYCLES = 2_000_000
+
+    def __init__(self, budget: Budget | None = None, flush_bytes: int = 256 << 20) -> None:
+        self.budget = budget or Budget()
+        self._flush_buffer = torch.empty(flush_bytes // 4, dtype=torch.int32, device="cuda")
+
+    def _enqueue(self, call: Call, samples: int) -> list[_Span]:
+        spans = []
+        for _ in range(samples):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._flush_buffer.zero_()
+            start.record()
+            call()
+            stop.record()
+            spans.append(_Span(start, stop, late=start.query()))
+        return spans
+
+    def _cost_us(self, call: Call, calls: int = 3) -> float:
+        """Microseconds of one flush and call, after two calls that warm up."""
+        self._enqueue(call, 2)
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self._enqueue(call, calls)
+        end.record()
+        torch.cuda.synchronize()
+        return 1e3 * begin.elapsed_time(end) / calls
+
+    def interleaved(self, calls: Mapping[str, Call]) -> dict[str, Sample]:
+        """Times every call of `calls` in turns; returns a `Sample` under each name."""
+        names = list(calls)
+        per_round = {name: self.budget.samples_per_round(self._cost_us(calls[name])) for name in names}
+        spans: dict[str, list[_Span]] = {name: [] for name in names}
+        for turn in range(self.budget.rounds):
+            first = turn % len(names)
+            torch.cuda._sleep(self._HEAD_START_CYCLES)
+            for name in names[first:] + names[:first]:
+                spans[name] += self._enqueue(calls[name], per_round[name])
+            torch.cuda.synchronize()
+        return {
+            name: Sample.of([s.us for s in taken if not s.late], [s.us for s in taken if s.late])
+            for name, taken in spans.items()
+        }
+
+
+def captured(call: Call) -> Call:
+    """Captures one call in a CUDA graph and returns the graph's replay."""
+    side = torch.cuda.Stream()  # the call warms up where it is captured, so that what it allocates once is there
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        call()
+    return graph.replay
