@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -144,10 +145,11 @@ def wgmma_shapes(code: str) -> set[int]:
     return {int(n) for _, n, _ in shapes}
 
 
-def test_wgmma_shapes(sass: dict[str, str]) -> None:
-    """KV on M, query rows on N: m64nNk16 with N of 8, 16, 32 and 64, and nothing wider."""
-    shapes = [wgmma_shapes(code) for code in sass.values()]
-    assert set().union(*shapes) == {8, 16, 32, 64}
+def test_wgmma_shapes(sass: dict[str, str], host: ModuleType) -> None:
+    """KV on M, query rows on N: m64nNk16 with the N of each configuration and nothing wider."""
+    shapes = sorted(tuple(sorted(wgmma_shapes(code))) for code in sass.values())
+    expected = [tuple(sorted(set(c["wgmma_n"]))) for c in host.kernel_configs()]
+    assert shapes == sorted(expected * 2)  # bfloat16 and float16
 
 
 def test_no_local_memory(sass: dict[str, str]) -> None:

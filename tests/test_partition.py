@@ -125,7 +125,7 @@ def test_lengths_alone_decide(partition) -> None:
 def test_kernel_configurations_fit(host: ModuleType) -> None:
     """Every configuration leaves the ring more than a tile and stays inside what sm_90 lets a block have."""
     configs = host.kernel_configs()
-    assert {c["row_tile"] for c in configs} >= {8, 16, 32, 64}
+    assert {c["row_tile"] for c in configs} == {8, 16, 32}
     for c in configs:
         assert c["smem_bytes"] <= 227 * 1024, c
         assert c["ring_chunks"] >= 10, c

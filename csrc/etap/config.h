@@ -16,31 +16,29 @@ constexpr int kConsumerThreads = kConsumerGroups * 128;
 constexpr int kThreads = kConsumerThreads + 128;    // and one producer warpgroup
 constexpr int kMaxSharedBytes = 227 * 1024;         // what sm_90 lets one block opt in to
 constexpr int kMaxRing = 24;
+constexpr int kMaxRowTile = 32;
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
+// More rows than 32 loop over row tiles: a warpgroup's registers hold O^T (512 x 32 fp32), and no more.
 template <int RowTile, int PParts>
 struct TileConfig {
-  static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
+  static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32);
   static_assert(PParts == 1 || PParts == 2);
   static constexpr int kRowTile = RowTile;
   static constexpr int kPParts = PParts;
-  // 64 rows: O^T does not fit one warpgroup's registers, so each warpgroup scores half the rows of every tile
-  // and accumulates half of O^T's dv. Up to 32 rows each warpgroup owns whole alternate tiles.
-  static constexpr bool kSplitDv = RowTile == 64;
-  static constexpr int kScoreRows = kSplitDv ? RowTile / 2 : RowTile;             // N of S^T = K Q^T
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
-  static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;                // N of O^T += V^T P^T
-  static constexpr int kOutChunks = kSplitDv ? kLatentChunks / 2 : kLatentChunks; // O^T chunks of one warpgroup
+  static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T
   static constexpr int kQueryBytes = kTileChunks * RowTile * kChunkCols * 2;
-  static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;             // P^T of one tile
-  static constexpr int kProbBuffers = kSplitDv ? 2 : 2 * kConsumerGroups;
-  // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32), or (64 rows)
-  // to stage the output.
-  static constexpr int kExchangeChunks = kSplitDv ? 8 : RowTile / 4;
-  static constexpr int kControlBytes = 2048 + 96 * RowTile;                       // statistics, plan, barriers
-  static constexpr int kRingFit = (kMaxSharedBytes - kQueryBytes - kProbBuffers * kProbBytes - kControlBytes) / kChunkBytes;
+  static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
+  static constexpr int kProbBuffers = 2 * kConsumerGroups;
+  // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
+  static constexpr int kExchangeChunks = RowTile / 4;
+  static constexpr int kControlBytes = 2048 + 96 * RowTile;            // statistics, pieces, barriers
+  static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbBytes + kControlBytes;
+  static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
   static constexpr int kRing = kRingFit < kMaxRing ? kRingFit : kMaxRing;
+  static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
   static_assert(kRing >= kTileChunks + 1 && kRing >= kExchangeChunks);
 };
 

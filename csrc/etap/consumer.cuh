@@ -1,7 +1,6 @@
 // The consumer warpgroups: S^T = K Q^T, P^T = exp2(S^T scale - m), O^T += V^T P^T, tile by tile.
 //
-// Up to 32 rows, a warpgroup owns every second tile of a piece, with statistics and O^T of its own. With 64 rows both
-// work on the same tile: each scores 32 of the rows, and accumulates O^T for half of dv and all rows.
+// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both.
 //
 // Fragment of a 64 x N result: thread t of a warpgroup holds M = 16 (t / 32) + (t % 32) / 4 (+ 8) and
 // N = 8 j + 2 (t % 4) (+ 1), as d[4 j + 2 (M half) + (N parity)]. N is a query row; M is a key (S^T) or a latent
@@ -17,19 +16,19 @@ constexpr float kReferenceSlack = 8.0f; // scores may exceed the reference maxim
 
 template <class Cfg>
 struct ConsumerState {
-  static constexpr int kStats = Cfg::kScoreRows / 4;  // rows that one thread holds statistics of
-  float out[Cfg::kOutChunks][Cfg::kPvRows / 2];       // O^T
+  static constexpr int kStats = Cfg::kRowTile / 4;  // rows that one thread holds statistics of
+  float out[kLatentChunks][Cfg::kPvRows / 2];       // O^T
   float reference[kStats];                            // log2 units; the same in all threads of the warpgroup
   float sum[kStats];                                  // of this thread's keys alone
   bool fresh;                                         // no tile of this piece seen yet
   int group, warp, lane;                              // warp: within the warpgroup
 
-  // The query row (in this warpgroup's score tile) of statistics i.
+  // The query row (of the row tile) of statistics i.
   ETAP_DEVICE int row_of(int i) const { return 8 * (i / 2) + 2 * (lane & 3) + (i & 1); }
   ETAP_DEVICE void reset() {
     fresh = true;
 #pragma unroll
-    for (int c = 0; c < Cfg::kOutChunks; ++c) {
+    for (int c = 0; c < kLatentChunks; ++c) {
 #pragma unroll
       for (int i = 0; i < Cfg::kPvRows / 2; ++i) out[c][i] = 0.0f;
     }
@@ -44,7 +43,7 @@ struct ConsumerState {
 // What the mask of a piece needs.
 struct MaskBounds {
   int len;         // keys of the request
-  int row0;        // first row of this warpgroup's score tile
+  int row0;        // first row of the row tile
   int causal_gap;  // if causal: a row of token t sees keys 0 .. causal_gap + t
 };
 
@@ -93,22 +92,26 @@ ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInf
 
 // S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
 template <class T, class Cfg>
-ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool gathered, int score_row0,
-                            float (&scores)[Cfg::kScoreRows / 2]) {
-  uint32_t const query = shared_address(smem.query) + score_row0 * 128;
-#pragma unroll
+ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool gathered,
+                            float (&scores)[Cfg::kRowTile / 2]) {
+  constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
+  uint32_t const ring = descriptor_low(shared_address(smem.ring));
+  uint32_t const query = descriptor_low(shared_address(smem.query));
+  uint32_t q = query + kLatentChunks * kQueryChunk;  // the rope chunk is last in Q, first in a tile
+  ScaleOut scale = ScaleOut::Zero;
+  ETAP_ROLLED
   for (int c = 0; c < kTileChunks; ++c) {
     smem.control.full[at.slot].wait(at.parity);
     if (gathered) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
-    uint32_t const k = shared_address(smem.ring[at.slot]);
-    uint32_t const q = query + (c == 0 ? kLatentChunks : c - 1) * (Cfg::kRowTile * 128);
+    uint32_t const k = ring + at.slot * (kChunkBytes / kDescriptorUnit);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int j = 0; j < kChunkCols / 16; ++j) {
-      wgmma<T, Cfg::kScoreRows, Major::K>(tile_descriptor(k + j * 32), tile_descriptor(q + j * 32), scores,
-                                          c == 0 && j == 0 ? ScaleOut::Zero : ScaleOut::One);
+      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), scores, scale);
+      scale = ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
+    q = c == 0 ? query : q + kQueryChunk;
     at.advance();
   }
   cute::warpgroup_wait<0>();
@@ -117,7 +120,7 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool
 // Sets masked scores so that scale x score is -inf, whatever lay in the cache slot.
 template <class Cfg>
 ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, ConsumerState<Cfg> const& st, int tile,
-                             float (&scores)[Cfg::kScoreRows / 2]) {
+                             float (&scores)[Cfg::kRowTile / 2]) {
   float const masked = p.scale_log2 < 0 ? INFINITY : -INFINITY;
   int const key = tile * kTileKeys + st.warp * 16 + st.lane / 4;
 #pragma unroll
@@ -146,9 +149,9 @@ ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
 // than the slack. tile_sum gets this thread's sums.
 template <class T, class Cfg>
 ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg> const& st, uint32_t prob,
-                                     float const (&scores)[Cfg::kScoreRows / 2],
+                                     float const (&scores)[Cfg::kRowTile / 2],
                                      float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
-  constexpr int kBlocks = Cfg::kScoreRows / 8;
+  constexpr int kBlocks = Cfg::kRowTile / 8;
   uint32_t packed[Cfg::kPParts * kBlocks][2];  // [part, block of 8 rows][key half]
   bool exceeds = false;
 #pragma unroll
@@ -175,8 +178,7 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
   uint32_t const half = (st.lane >> 3) & 1, upper = st.lane >> 4;
   constexpr int kAll = Cfg::kPParts * kBlocks;
   auto row0 = [&](int b) {  // of block b in [part][kRowTile]
-    int const first = Cfg::kSplitDv ? st.group * Cfg::kScoreRows : 0;
-    return (b / kBlocks) * Cfg::kRowTile + first + (b % kBlocks) * 8;
+    return (b / kBlocks) * Cfg::kRowTile + (b % kBlocks) * 8;
   };
   if constexpr (kAll == 1) {
     store_matrices(prob + swizzled(st.lane & 7, 2 * st.warp + half), packed[0][0], packed[0][1]);
@@ -192,26 +194,22 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
   return exceeds;
 }
 
-// Raises the reference maximum to cover the tile. Returns the factors for what was accumulated under the old one.
+// Raises the reference maximum to cover the tile, and rescales what was accumulated under the old one.
 template <class Cfg>
 ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
-                                 float const (&scores)[Cfg::kScoreRows / 2],
-                                 float (&factor)[ConsumerState<Cfg>::kStats]) {
+                                 float const (&scores)[Cfg::kRowTile / 2]) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
-  float top[kStats];
+  auto& shared = smem.control.warp_stat[st.group];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
     float const a = scores[4 * (i / 2) + (i & 1)] * p.scale_log2, b = scores[4 * (i / 2) + 2 + (i & 1)] * p.scale_log2;
-    top[i] = fmaxf(a, b);
+    float top = fmaxf(a, b);
 #pragma unroll
-    for (int d = 4; d < 32; d *= 2) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], d));
-  }
-  auto& shared = smem.control.warp_stat[st.group];
-  if (st.lane < 4) {
-#pragma unroll
-    for (int i = 0; i < kStats; ++i) shared[st.warp][st.row_of(i)] = top[i];
+    for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+    if (st.lane < 4) shared[st.warp][st.row_of(i)] = top;
   }
   sync_group(st.group);
+  float factor[kStats];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
     float m = st.reference[i];
@@ -221,39 +219,33 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
     st.reference[i] = m;
     st.sum[i] *= factor[i];
   }
-}
-
-// Multiplies O^T by a factor per row of this thread's fragment columns.
-template <class Cfg>
-ETAP_DEVICE void rescale_out(ConsumerState<Cfg>& st, float const (&factor)[Cfg::kRowTile / 4]) {
+  if (!st.fresh) {
 #pragma unroll
-  for (int c = 0; c < Cfg::kOutChunks; ++c) {
+    for (int c = 0; c < kLatentChunks; ++c) {
 #pragma unroll
-    for (int i = 0; i < Cfg::kPvRows / 2; ++i) {
-      st.out[c][i] *= factor[(2 * (i / 4) + (i & 1)) % (Cfg::kRowTile / 4)];
+      for (int i = 0; i < Cfg::kPvRows / 2; ++i) st.out[c][i] *= factor[(2 * (i / 4) + (i & 1)) % kStats];
     }
   }
+  st.fresh = false;
 }
 
 // O^T += V^T P^T for the chunks this warpgroup owns, freeing each chunk behind it. `at`: the tile's rope chunk.
 template <class T, class Cfg>
 ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at, uint32_t prob) {
   at.advance();
-  if constexpr (Cfg::kSplitDv) {
-    for (int c = 0; c < st.group * Cfg::kOutChunks; ++c) at.advance();
-  }
+  uint32_t const ring = descriptor_low(shared_address(smem.ring)), p_low = descriptor_low(prob);
   uint32_t previous = at.slot;
   cute::warpgroup_arrive();
 #pragma unroll
-  for (int c = 0; c < Cfg::kOutChunks; ++c) {
-    uint32_t const v = shared_address(smem.ring[at.slot]);
+  for (int c = 0; c < kLatentChunks; ++c) {
+    uint32_t const v = ring + at.slot * (kChunkBytes / kDescriptorUnit);
 #pragma unroll
     for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
 #pragma unroll
       for (int j = 0; j < kTileKeys / 16; ++j) {
-        wgmma<T, Cfg::kPvRows, Major::MN>(tile_descriptor(v + j * 2048),
-                                          tile_descriptor(prob + part * Cfg::kRowTile * 128 + j * 32), st.out[c],
-                                          ScaleOut::One);
+        wgmma<T, Cfg::kPvRows, Major::MN>(descriptor(v + j * (16 * 128 / kDescriptorUnit)),
+                                          descriptor(p_low + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit),
+                                          st.out[c], ScaleOut::One);
       }
     }
     cute::warpgroup_commit_batch();
@@ -272,10 +264,9 @@ ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& s
 template <class T, class Cfg>
 ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                               MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
-  static_assert(!Cfg::kSplitDv);
   constexpr int kStats = ConsumerState<Cfg>::kStats;
-  float scores[Cfg::kScoreRows / 2];
-  score_tile<T>(smem, at, p.box_rows == 0, 0, scores);
+  float scores[Cfg::kRowTile / 2];
+  score_tile<T>(smem, at, p.box_rows == 0, scores);
   if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
@@ -284,19 +275,13 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
   float tile_sum[kStats];
-  bool raise = st.fresh;
-  if (!raise) {
+  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
+  ETAP_ROLLED
+  do {
+    if (raise) raise_reference(p, smem, st, scores);
     bool const exceeds = write_probabilities<T>(p, st, prob, scores, tile_sum);
     raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
-  }
-  if (raise) {
-    float factor[kStats];
-    raise_reference(p, smem, st, scores, factor);
-    if (!st.fresh) rescale_out(st, factor);
-    write_probabilities<T>(p, st, prob, scores, tile_sum);
-    sync_group(st.group);
-    st.fresh = false;
-  }
+  } while (raise);
 #pragma unroll
   for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
   accumulate_tile<T>(smem, st, at, prob);

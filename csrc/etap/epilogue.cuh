@@ -13,19 +13,16 @@ ETAP_DEVICE void write_lse(MlaDecodeParams const& p, RowTarget const& target, fl
   p.lse[target.lse] = sum > 0.0f ? fmaf(reference, p.lse_unit, log2_accurate(sum) * p.lse_unit) : -INFINITY;
 }
 
-// Sums of a warpgroup's keys, per row, in every thread; then both statistics where the other warpgroup finds them.
+// Sums of a warpgroup's keys, per row, in every thread; then both statistics in shared memory.
 template <class Cfg>
 ETAP_DEVICE void publish_statistics(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
+  auto& shared = smem.control.warp_stat[st.group];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) st.sum[i] += __shfl_xor_sync(~0u, st.sum[i], d);
-  }
-  auto& shared = smem.control.warp_stat[st.group];
-  if (st.lane < 4) {
-#pragma unroll
-    for (int i = 0; i < kStats; ++i) shared[st.warp][st.row_of(i)] = st.sum[i];
+    if (st.lane < 4) shared[st.warp][st.row_of(i)] = st.sum[i];
   }
   sync_group(st.group);
 #pragma unroll
@@ -36,30 +33,15 @@ ETAP_DEVICE void publish_statistics(SharedStorage<Cfg>& smem, ConsumerState<Cfg>
   }
 }
 
-// The workspace of slot s, as float4 quads in fragment order: quad q of chunk c belongs to thread q % 128 of a
+// The workspace of a slot, as float4 quads in fragment order: quad q of chunk c belongs to thread q % 128 of a
 // warpgroup and holds rows 8 j + 2 (lane % 4) (+ 1), j = q / 128, at latent columns d, d + 8.
 template <class Cfg>
-ETAP_DEVICE float4* partial_slot(MlaDecodeParams const& p, int slot) {
+ETAP_DEVICE float4* partial_quads(MlaDecodeParams const& p, int slot) {
   return reinterpret_cast<float4*>(p.partial_out) + int64_t(slot) * (Cfg::kRowTile * kLatentDim / 4);
 }
 template <class Cfg>
-ETAP_DEVICE float2* stats_slot(MlaDecodeParams const& p, int slot) {
+ETAP_DEVICE float2* partial_stats(MlaDecodeParams const& p, int slot) {
   return reinterpret_cast<float2*>(p.partial_stats) + int64_t(slot) * Cfg::kRowTile;
-}
-
-template <class Cfg>
-ETAP_DEVICE void store_partial(MlaDecodeParams const& p, Piece const& piece, ConsumerState<Cfg> const& st,
-                               float const (&result)[4][Cfg::kRowTile / 2]) {
-  constexpr int kQuads = Cfg::kRowTile / 8;
-  float4* const slot = partial_slot<Cfg>(p, piece.slot(piece.part)) + st.group * 4 * kQuads * 128 + st.warp * 32 + st.lane;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      float const* f = result[c] + 4 * j;
-      store_relaxed(slot + (c * kQuads + j) * 128, make_float4(f[0], f[1], f[2], f[3]));
-    }
-  }
 }
 
 // The high and the low part of P were accumulated side by side; their sum.
@@ -71,17 +53,40 @@ ETAP_DEVICE float folded(ConsumerState<Cfg> const& st, int chunk, int i) {
 
 // A partial piece that only warpgroup 0 worked on: all of O^T from its registers.
 template <class Cfg>
-ETAP_DEVICE void store_alone(MlaDecodeParams const& p, Piece const& piece, ConsumerState<Cfg> const& st) {
+ETAP_DEVICE void store_alone(float4* quads, ConsumerState<Cfg> const& st) {
   constexpr int kQuads = Cfg::kRowTile / 8;
-  float4* const slot = partial_slot<Cfg>(p, piece.slot(piece.part)) + st.warp * 32 + st.lane;
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
-      store_relaxed(slot + (c * kQuads + j) * 128,
+      store_relaxed(quads + (c * kQuads + j) * 128,
                     make_float4(folded(st, c, 4 * j), folded(st, c, 4 * j + 1), folded(st, c, 4 * j + 2),
                                 folded(st, c, 4 * j + 3)));
     }
+  }
+}
+
+template <class Cfg>
+ETAP_DEVICE void store_partial(float4* quads, ConsumerState<Cfg> const& st,
+                               float const (&result)[4][Cfg::kRowTile / 2]) {
+  constexpr int kQuads = Cfg::kRowTile / 8;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      float const* f = result[c] + 4 * j;
+      store_relaxed(quads + ((st.group * 4 + c) * kQuads + j) * 128, make_float4(f[0], f[1], f[2], f[3]));
+    }
+  }
+}
+
+// Statistics of a partial result.
+template <class Cfg>
+ETAP_DEVICE void store_stats(float2* stats, ConsumerState<Cfg> const& st) {
+  if (st.warp > 0 || st.lane >= 4) return;
+#pragma unroll
+  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
+    store_relaxed(stats + st.row_of(i), make_float2(st.reference[i], st.sum[i]));
   }
 }
 
@@ -125,7 +130,7 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
     }
   }
   sync_group(st.group);
-ETAP_ROLLED
+  ETAP_ROLLED
   for (int r = st.warp; r < Cfg::kRowTile; r += 4) {
     int64_t const target = rows[r].out;
     if (target < 0) continue;
@@ -177,42 +182,34 @@ ETAP_DEVICE void exchange_halves(SharedStorage<Cfg>& smem, ConsumerState<Cfg> co
   sync_group(kGroup);  // the chunks may be written again
 }
 
-// `lent`: the chunks that follow the piece's last tile in the ring.
+// The two warpgroups' results become one, and go to the output or, if other CTAs hold parts of the same rows, to the
+// workspace. `lent`: the chunks that follow the piece's last tile in the ring.
 template <class T, class Cfg>
 ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
-                              RowTarget const* rows, ConsumerState<Cfg>& st, RingPosition<Cfg> lent) {
-  static_assert(!Cfg::kSplitDv);
+                              ConsumerState<Cfg>& st, RingPosition<Cfg> lent) {
   constexpr int kStats = ConsumerState<Cfg>::kStats, kHalf = Cfg::kExchangeChunks / 2;
-  publish_statistics(smem, st);
-  sync_consumers();
   bool const whole = piece.whole();
-  if (st.group == 1 && !exchanges(piece)) return;
+  int const slot = piece.slot(piece.part);
+  float4* const quads = partial_quads<Cfg>(p, slot) + st.warp * 32 + st.lane;
+  publish_statistics(smem, st);
+  sync_consumers();  // also: Q may be replaced
+  if (!exchanges(piece)) {
+    if (st.group > 0) return;
+    store_stats(partial_stats<Cfg>(p, slot), st);
+    store_alone(quads, st);
+    return;
+  }
   float weight[kStats];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
-    int const r = st.row_of(i);
-    float2 const other = smem.control.group_stat[1 - st.group][r];
+    float2 const other = smem.control.group_stat[1 - st.group][st.row_of(i)];
     float const top = fmaxf(st.reference[i], other.x);
     weight[i] = exp2_approx(st.reference[i] - top);
     st.sum[i] = st.sum[i] * weight[i] + other.y * exp2_approx(other.x - top);
     st.reference[i] = top;
     if (whole) weight[i] *= st.sum[i] > 0.0f ? 1.0f / st.sum[i] : 0.0f;
   }
-  if (st.group == 0 && st.warp == 0 && st.lane < 4) {
-    float2* const stats = stats_slot<Cfg>(p, piece.slot(piece.part));
-#pragma unroll
-    for (int i = 0; i < kStats; ++i) {
-      if (whole) {
-        write_lse(p, rows[st.row_of(i)], st.reference[i], st.sum[i]);
-      } else {
-        store_relaxed(stats + st.row_of(i), make_float2(st.reference[i], st.sum[i]));
-      }
-    }
-  }
-  if (!exchanges(piece)) {
-    store_alone(p, piece, st);
-    return;
-  }
+  if (!whole && st.group == 0) store_stats(partial_stats<Cfg>(p, slot), st);
   float result[4][Cfg::kRowTile / 2];
   if (st.group == 0) {
     exchange_halves<0>(smem, st, lent, weight, result);
@@ -221,13 +218,20 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   }
   lent = lent.ahead(st.group * kHalf);
   if (!whole) {
-    store_partial(p, piece, st, result);
-  } else if (p.out_fp32) {
-    store_float(p, rows, st, result);
+    store_partial(quads, st, result);
   } else {
-    store_half<T>(p, smem, rows, st, lent, result);
-    cutlass::arch::fence_view_async_shared();
-    __syncwarp();
+    RowTarget const* const rows = smem.control.rows[piece.table];
+    if (st.group == 0 && st.warp == 0 && st.lane < 4) {
+#pragma unroll
+      for (int i = 0; i < kStats; ++i) write_lse(p, rows[st.row_of(i)], st.reference[i], st.sum[i]);
+    }
+    if (p.out_fp32) {
+      store_float(p, rows, st, result);
+    } else {
+      store_half<T>(p, smem, rows, st, lent, result);
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+    }
   }
   for (int i = 0; i < kHalf; ++i) {
     if (st.lane == 0) smem.control.empty[lent.ahead(i).slot].arrive();

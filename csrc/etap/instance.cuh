@@ -16,7 +16,7 @@ cudaError_t allow_shared() {
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess || (device < 64 && ready.load(std::memory_order_relaxed) >> device & 1)) return status;
   status = cudaFuncSetAttribute(mla_decode_kernel<T, Cfg>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                sizeof(SharedStorage<Cfg>));
+                                Cfg::kSharedBytes);
   if (status == cudaSuccess && device < 64) ready.fetch_or(uint64_t(1) << device, std::memory_order_relaxed);
   return status;
 }
@@ -24,7 +24,7 @@ cudaError_t allow_shared() {
 template <class T, class Cfg>
 cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                             int num_ctas, cudaStream_t stream) {
-  static_assert(sizeof(SharedStorage<Cfg>) <= kMaxSharedBytes);
+  static_assert(sizeof(SharedStorage<Cfg>) <= Cfg::kSharedBytes && Cfg::kSharedBytes <= kMaxSharedBytes);
   cudaError_t const status = allow_shared<T, Cfg>();
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attribute{};
@@ -33,7 +33,7 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(num_ctas);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = sizeof(SharedStorage<Cfg>);
+  config.dynamicSmemBytes = Cfg::kSharedBytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

@@ -36,34 +36,27 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
   int const thread = group * 128 + warp * 32 + lane;
   ConsumerState<Cfg> st;
   st.group = group, st.warp = warp, st.lane = lane;
-  uint32_t chunk = 0;  // since launch
-  int buffer = 0, num_pending = 0;
-ETAP_ROLLED
+  ETAP_ROLLED
   for (int index = 0;; ++index) {
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
-    RowTarget* const rows = smem.control.rows[piece.whole() ? 2 + index % 2 : num_pending];
-    target_rows<Cfg>(p, rows, piece, thread);
-    load_query(p, smem, piece, thread);
-    st.reset();
+    int piece_thread = thread;
+    asm volatile("" : "+r"(piece_thread));  // else addresses that it gives are kept, spilled, from piece to piece
+    target_rows<Cfg>(p, smem.control.rows[piece.table], piece, piece_thread);
+    load_query(p, smem, piece, piece_thread);
     MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
-    int const begin = piece.begin, tiles = piece.end - begin;
+    int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
     sync_consumers();
-ETAP_ROLLED
+    st.reset();
+    ETAP_ROLLED
     for (int i = group; i < tiles; i += kConsumerGroups) {
-      consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * kTileChunks), begin + i, buffer);
-      buffer ^= 1;
+      consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * kTileChunks), begin + i, i / 2 % 2);
     }
-    chunk += tiles * kTileChunks;
-    finish_piece<T>(p, smem, piece, rows, st, RingPosition<Cfg>::at(chunk));
-    if (exchanges(piece)) chunk += Cfg::kExchangeChunks;
-    if (!piece.whole()) {
-      if (thread == 0) smem.control.pending[num_pending] = piece;
-      ++num_pending;
-    }
+    finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(chunk + tiles * kTileChunks));
+    if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
     release_piece(smem, index, lane);
   }
-  merge_pending<T>(p, smem, num_pending, thread);
+  merge_pending<T>(p, smem, thread);
 }
 
 template <class T, class Cfg>
@@ -77,12 +70,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     plan_launch(p, smem, lane);
   } else if (warp == 1) {
     init_barriers(p, smem, lane);
-    if (lane == 0 && p.box_rows) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
-      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
-    }
   } else if (warp == 2) {
     prefetch_page_table(p, lane);
+  } else if (warp == 3 && lane == 0 && p.box_rows) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
+    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
   }
   __syncthreads();
   if (warp < 4) {

@@ -50,9 +50,9 @@ struct MlaDecodeParams {
   float lse_unit;               // ln 2: natural log; 1: base 2
 
   // workspace: 2 slots a CTA
-  float* partial_out;           // [slots][row_tile * 512], filled with kUnwritten between launches
-  float* partial_stats;         // [slots][row_tile][2] (max in log2 units, sum), likewise
-  int* merge_count;             // [slots], zero between launches
+  float* partial_out;           // [slot][row_tile * 512], kUnwritten between launches
+  float* partial_stats;         // [slot][row_tile][2] (maximum in log2 units, sum), likewise
+  int* merge_count;             // [slot], zero between launches
 };
 
 // A word that no arithmetic instruction produces (its NaNs are 0x7fffffff): "not written yet".

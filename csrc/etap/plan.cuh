@@ -8,6 +8,15 @@ namespace etap {
 
 ETAP_DEVICE int warp_sum(int v) { return __reduce_add_sync(~0u, v); }
 
+ETAP_DEVICE int inclusive_sum(int v, int lane) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    int const below = __shfl_up_sync(~0u, v, d);
+    if (lane >= d) v += below;
+  }
+  return v;
+}
+
 // Finds the request in which the running sum of weight(request) passes `target`, narrowing by 32 a round.
 template <class F>
 ETAP_DEVICE void locate(int batch, int lane, int target, F&& weight, int& request, int& prefix) {
@@ -17,14 +26,9 @@ ETAP_DEVICE void locate(int batch, int lane, int target, F&& weight, int& reques
     int const per_lane = (hi - lo + 31) / 32;
     int const begin = lo + lane * per_lane, end = min(begin + per_lane, hi);
     int own = 0;
-ETAP_ROLLED
+    ETAP_ROLLED
     for (int b = begin; b < end; ++b) own += weight(b);
-    int inclusive = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      int const below = __shfl_up_sync(~0u, inclusive, d);
-      if (lane >= d) inclusive += below;
-    }
+    int const inclusive = inclusive_sum(own, lane);
     uint32_t const passed = __ballot_sync(~0u, prefix + inclusive > target);
     int const hit = __ffs(passed) - 1;  // the plan's total exceeds every CTA's target, so there is one
     prefix += __shfl_sync(~0u, inclusive - own, hit);
@@ -35,14 +39,57 @@ ETAP_ROLLED
   request = lo;
 }
 
-// Sets the cursor at this CTA's first piece.
+// A partial piece of one tile concerns one warpgroup alone: nothing is exchanged, no ring chunk lent for it.
+ETAP_DEVICE bool exchanges(Piece const& piece) { return piece.whole() || piece.end - piece.begin > 1; }
+template <class Cfg>
+ETAP_DEVICE int lent_chunks(Piece const& piece) {
+  return exchanges(piece) ? Cfg::kExchangeChunks : 0;
+}
+
+// Leaves a piece where the CTA's warps find it. One thread calls this.
+template <class Cfg>
+ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, Piece const& piece) {
+  PieceInfo& to = smem.control.piece[index % kPieceBuffers];
+  static_cast<Piece&>(to) = piece;
+  to.len = cache_len(p, piece.request);
+  to.token0 = query_begin(p, piece.request);
+  to.q_len = query_len(p, piece.request);
+  to.first_chunk = index == 0 ? 0 : smem.control.next_chunk;
+  int const pending = index == 0 ? 0 : smem.control.num_pending;
+  to.table = piece.whole() ? 2 + index % 2 : pending;
+  smem.control.num_pending = pending + !piece.whole();
+  smem.control.next_chunk = to.first_chunk + (piece.end - piece.begin) * kTileChunks + lent_chunks<Cfg>(piece);
+}
+
+template <class Cfg>
+ETAP_DEVICE void write_end(SharedStorage<Cfg>& smem, int index) {
+  smem.control.piece[index % kPieceBuffers].request = -1;
+  if (index == 0) smem.control.num_pending = 0;
+}
+
+// Works out the next piece, or the end. One warp calls this.
+template <class Cfg>
+ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceCursor& cursor, int index,
+                            int lane) {
+  if (lane == 0) {
+    if (cursor.done()) {
+      write_end(smem, index);
+    } else {
+      write_piece(p, smem, index, cursor.next([&](int b) { return request_work<Cfg>(p, b); }));
+    }
+    smem.control.cursor = cursor;
+  }
+  __syncwarp();
+}
+
+// Makes the plan and this CTA's first piece.
 template <class Cfg>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
   // Up to 32 requests, each lane keeps the one request it ever asks for.
   RequestWork const own = lane < p.batch ? request_work<Cfg>(p, lane) : RequestWork{0, 0};
   auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
   int tiles = 0, longest = 0, virtual_requests = 0;
-ETAP_ROLLED
+  ETAP_ROLLED
   for (int b = lane; b < p.batch; b += 32) {
     RequestWork const w = work_of(b);
     tiles += w.tiles * w.row_tiles;
@@ -54,44 +101,42 @@ ETAP_ROLLED
   virtual_requests = warp_sum(virtual_requests);
   Plan const plan = make_plan(tiles, longest, virtual_requests, gridDim.x, [&](int share) {
     int sum = 0;
-ETAP_ROLLED
+    ETAP_ROLLED
     for (int b = lane; b < p.batch; b += 32) {
       RequestWork const w = work_of(b);
       sum += quotient_up(w.tiles, share) * w.row_tiles;
     }
     return warp_sum(sum);
   });
+  int const cta = blockIdx.x;
+  if (plan.share && p.batch <= 32) {  // the common short case: the request's own lane has all it takes
+    int const weight = lane < p.batch ? plan_weight(plan, own) : 0, end = inclusive_sum(weight, lane);
+    if (lane == 0) {
+      smem.control.cursor.next_tile = smem.control.cursor.end_tile = 0;  // no second piece
+      if (cta >= plan.num_ctas) write_end(smem, 0);
+    }
+    if (cta >= end - weight && cta < end) write_piece(p, smem, 0, aligned_piece(plan, own, lane, end - weight, cta));
+    return;
+  }
   int request = 0, prefix = 0;
-  if (int(blockIdx.x) < plan.num_ctas) {
+  if (cta < plan.num_ctas) {
     bool const small = p.batch <= 32;
-    locate(p.batch, lane, plan_target(plan, blockIdx.x),
+    locate(p.batch, lane, plan_target(plan, cta),
            [&](int b) { return plan_weight(plan, small ? own : request_work<Cfg>(p, b)); }, request, prefix);
   }
-  if (lane == 0) smem.control.cursor = PieceCursor(plan, blockIdx.x, request, prefix);
-  __syncwarp();
+  PieceCursor cursor(plan, cta, request, prefix);
+  next_piece(p, smem, cursor, 0, lane);
 }
 
-// Hands the next piece, or the end, to the CTA's warps. One warp calls this.
+// Hands the pieces to the CTA's warps, in order. The first was worked out with the plan.
 template <class Cfg>
 ETAP_DEVICE void post_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, int lane) {
-  int const buffer = index % kPieceBuffers;
-  smem.control.piece_empty[buffer].wait((index / kPieceBuffers & 1) ^ 1);
-  PieceCursor cursor = smem.control.cursor;
-  PieceInfo piece;
-  piece.request = -1;
-  if (!cursor.done()) {
-    static_cast<Piece&>(piece) = cursor.next([&](int b) { return request_work<Cfg>(p, b); });
-    piece.len = cache_len(p, piece.request);
-    piece.token0 = query_begin(p, piece.request);
-    piece.q_len = query_len(p, piece.request);
+  if (index > 0) {
+    smem.control.piece_empty[index % kPieceBuffers].wait((index / kPieceBuffers & 1) ^ 1);
+    PieceCursor cursor = smem.control.cursor;
+    next_piece(p, smem, cursor, index, lane);
   }
-  __syncwarp();
-  if (lane == 0) {
-    smem.control.cursor = cursor;
-    smem.control.piece[buffer] = piece;
-    smem.control.piece_full[buffer].arrive();
-  }
-  __syncwarp();
+  if (lane == 0) smem.control.piece_full[index % kPieceBuffers].arrive();
 }
 
 // The index-th piece of this CTA; every reader calls release_piece when it is done with it.

@@ -1,5 +1,4 @@
-// The producer warpgroup: plans, hands out the pieces, and fills the ring, chunk by chunk, through TMA (one warp) or
-// cp.async gathers (four warps).
+// The producer warpgroup: hands out the pieces and fills the ring, chunk by chunk, through TMA or cp.async gathers.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -8,15 +7,11 @@
 
 namespace etap {
 
-// A partial piece of one tile concerns one warpgroup alone: nothing is exchanged.
-ETAP_DEVICE bool exchanges(Piece const& piece) { return piece.whole() || piece.end - piece.begin > 1; }
-
-// Lends ring chunks to the consumers at the end of a piece; nothing is loaded into them.
+// Lends ring chunks to the consumers at the end of a piece, for the exchange; nothing is loaded into them.
 template <class Cfg>
 ETAP_DEVICE void lend_chunks(SharedStorage<Cfg>& smem, RingPosition<Cfg>& at, Piece const& piece, bool arrives) {
-  if (!exchanges(piece)) return;
-ETAP_ROLLED
-  for (int i = 0; i < Cfg::kExchangeChunks; ++i) {
+  ETAP_ROLLED
+  for (int i = lent_chunks<Cfg>(piece); i > 0; --i) {
     smem.control.empty[at.slot].wait(at.parity ^ 1);
     if (arrives) smem.control.full[at.slot].arrive();
     at.advance();
@@ -35,12 +30,14 @@ ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int key) 
   return {p.page_table[request * p.page_table_stride + entry], row};
 }
 
+// Lane i looks up the i-th box of a round of boxes. What a chunk costs here, from the wait to the copy, delays every
+// refill of the ring: 150 cycles more were 20% of the time at 64K keys.
 template <class Cfg>
 ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                                 SharedStorage<Cfg>& smem, PieceInfo const& piece, RingPosition<Cfg>& at, int lane) {
   constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   int const boxes = kTileKeys / p.box_rows;  // per tile: 1, 2, 4 or 8
-  int const tiles_per_round = 32 / boxes;    // a lane looks up one box a round
+  int const tiles_per_round = 32 / boxes;
   int const lane_tile = lane / boxes, row_in_tile = lane % boxes * p.box_rows;
   int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
   KeyPlace box{}, next{};
@@ -53,13 +50,31 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
     if (first < begin) continue;
     int const count = min(tiles_per_round, end - first);
     ETAP_ROLLED
-    for (int i = 0; i < count; ++i) {
+    for (int tile = 0; tile < count; ++tile) {
+      if (boxes == 1) {
+        int const row = __shfl_sync(~0u, box.row, tile), page = __shfl_sync(~0u, box.page, tile);
+        if (cute::elect_one_sync()) {
+          RingPosition<Cfg> to = at;
+#pragma unroll
+          for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
+            smem.control.empty[to.slot].wait(to.parity ^ 1);
+            smem.control.full[to.slot].arrive_and_expect_tx(kChunkBytes);
+            cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
+                                         reinterpret_cast<uint64_t*>(&smem.control.full[to.slot]), kHint,
+                                         smem.ring[to.slot], chunk < 0 ? 0 : chunk * kChunkCols, row, page);
+            to.advance();
+          }
+        }
+        __syncwarp();
+        at.advance(kTileChunks);
+        continue;
+      }
       ETAP_ROLLED
       for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
         smem.control.empty[at.slot].wait(at.parity ^ 1);
-        if (lane == i * boxes) smem.control.full[at.slot].arrive_and_expect_tx(kChunkBytes);
+        if (lane == tile * boxes) smem.control.full[at.slot].arrive_and_expect_tx(kChunkBytes);
         __syncwarp();
-        if (lane_tile == i) {
+        if (lane_tile == tile) {
           cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
                                        reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]), kHint,
                                        smem.ring[at.slot] + row_in_tile * 128, max(chunk, 0) * kChunkCols, box.row,
@@ -169,14 +184,14 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
 
 // Requests without keys: output 0, LSE -inf. One warp of each CTA takes every gridDim-th request.
 ETAP_DEVICE void write_empty_requests(MlaDecodeParams const& p, int lane) {
-ETAP_ROLLED
+  ETAP_ROLLED
   for (int b = blockIdx.x; b < p.batch; b += gridDim.x) {
     if (cache_len(p, b) > 0) continue;
     int const token0 = query_begin(p, b), rows = query_len(p, b) * p.num_heads, bytes = p.out_fp32 ? 4 : 2;
-ETAP_ROLLED
+    ETAP_ROLLED
     for (int row = 0; row < rows; ++row) {
       uint8_t* const out = static_cast<uint8_t*>(p.out) + row_offset(p, p.out_stride, b, token0, row) * bytes;
-ETAP_ROLLED
+      ETAP_ROLLED
       for (int i = lane; i < kLatentDim * bytes / 16; i += 32) {
         reinterpret_cast<uint4*>(out)[i] = make_uint4(0, 0, 0, 0);
       }

@@ -21,16 +21,13 @@ namespace etap {
 ETAP_HD int min_int(int a, int b) { return a < b ? a : b; }
 ETAP_HD int max_int(int a, int b) { return a > b ? a : b; }
 
-// a / b for a >= 0, b > 0. On the device, where this lies on the critical path of short launches, a float quotient
-// and its correction take a third of the instructions of an integer division.
+// a / b for a >= 0, b > 0 and a / b < 2^21 (2^21 tiles in one CTA are 154 GB of cache). On the device, where this lies on
+// the critical path of short launches, a float quotient takes a third of an integer division's instructions; it is off
+// by one at most.
 ETAP_HD int quotient(int a, int b) {
 #if defined(__CUDA_ARCH__)
-  int q = __float2int_rz(__fdividef(float(a), float(b)));
-ETAP_ROLLED
-  while (a - q * b < 0) --q;
-ETAP_ROLLED
-  while (a - q * b >= b) ++q;
-  return q;
+  int const q = __float2int_rz(__fdividef(float(a), float(b))), rest = a - q * b;
+  return q + (rest >= b) - (rest < 0);
 #else
   return a / b;
 #endif
@@ -67,10 +64,10 @@ struct Piece {
   int begin, end;   // tiles of the virtual request
   int num_parts;    // CTAs that hold a piece of it
   int part;         // this one's rank among them
-  int first_cta, first_slot;
+  int first_cta;
+  int first_slot;   // workspace slot of part 0; CTA c owns slots 2c (its first piece) and 2c + 1 (its last)
 
   ETAP_HD bool whole() const { return num_parts == 1; }
-  // Workspace slot of part i. CTA c owns slots 2c (its first piece) and 2c + 1 (its last).
   ETAP_HD int slot(int i) const { return i == 0 ? first_slot : 2 * (first_cta + i); }
 };
 
@@ -84,12 +81,14 @@ ETAP_HD Plan make_plan(int total_tiles, int max_tiles, int virtual_requests, int
   if (total_tiles == 0) return plan;
   if (virtual_requests <= grid) {
     int const ideal = quotient_up(total_tiles, grid);
-    int const uniform = quotient_up(max_tiles, quotient(grid, virtual_requests));  // always feasible
     int const limit = ideal + max_int(1, ideal / 8);
-    // Try the ideal share, then the uniform one if that is about as good, then half way to the limit.
-ETAP_ROLLED
+    // Try the ideal share, then the one that gives every virtual request the same CTAs (always feasible, if it is
+    // about as good), then half way to the limit.
+    ETAP_ROLLED
     for (int step = 0; step < 3; ++step) {
-      int const share = step == 0 ? ideal : step == 1 ? min_int(uniform, limit) : ideal + (limit - ideal) / 2;
+      int share = ideal;
+      if (step == 1) share = min_int(quotient_up(max_tiles, quotient(grid, virtual_requests)), limit);
+      if (step == 2) share = ideal + (limit - ideal) / 2;
       int const needed = ctas_for(share);
       if (needed <= grid) {
         plan.num_ctas = needed;
@@ -108,6 +107,37 @@ ETAP_HD int plan_weight(Plan const& plan, RequestWork w) {
   return (plan.share ? quotient_up(w.tiles, plan.share) : w.tiles) * w.row_tiles;
 }
 ETAP_HD int plan_target(Plan const& plan, int cta) { return plan.share ? cta : plan.flat.begin(cta); }
+
+// Aligned: the one piece of `cta`, which is of this request. `prefix`: CTAs of the requests before it.
+ETAP_HD Piece aligned_piece(Plan const& plan, RequestWork w, int request, int prefix, int cta) {
+  int const parts = quotient_up(w.tiles, plan.share);
+  EvenCut const cut(w.tiles, parts);
+  Piece piece;
+  piece.request = request;
+  piece.row_tile = w.row_tiles == 1 ? 0 : quotient(cta - prefix, parts);
+  piece.first_cta = prefix + piece.row_tile * parts;
+  piece.first_slot = 2 * piece.first_cta;
+  piece.num_parts = parts;
+  piece.part = cta - piece.first_cta;
+  piece.begin = cut.begin(piece.part);
+  piece.end = cut.begin(piece.part + 1);
+  return piece;
+}
+
+// Flat: the piece that begins at flat tile `at` of `cta`. `prefix`: tiles of the requests before this one.
+ETAP_HD Piece flat_piece(Plan const& plan, RequestWork w, int request, int prefix, int cta, int at) {
+  Piece piece;
+  piece.request = request;
+  piece.row_tile = w.row_tiles == 1 ? 0 : quotient(at - prefix, w.tiles);
+  int const start = prefix + piece.row_tile * w.tiles;
+  piece.first_cta = plan.flat.owner(start);
+  piece.first_slot = 2 * piece.first_cta + (plan.flat.begin(piece.first_cta) < start ? 1 : 0);
+  piece.num_parts = plan.flat.owner(start + w.tiles - 1) - piece.first_cta + 1;
+  piece.part = cta - piece.first_cta;
+  piece.begin = at - start;
+  piece.end = min_int(w.tiles, plan.flat.begin(cta + 1) - start);
+  return piece;
+}
 
 // Walks the pieces of one CTA. `prefix` is the sum of plan_weight over the requests before `request`.
 struct PieceCursor {
@@ -135,30 +165,12 @@ struct PieceCursor {
       prefix += weight;
       w = work_of(++request);
     }
-    // Aligned: parts CTAs to a row tile. Flat: tiles tiles.
-    int const parts = plan.share ? quotient_up(w.tiles, plan.share) : w.tiles;
-    Piece piece;
-    piece.request = request;
-    piece.row_tile = quotient(at - prefix, parts);
-    int const start = prefix + piece.row_tile * parts;
     if (plan.share) {
-      EvenCut const cut(w.tiles, parts);
-      piece.num_parts = parts;
-      piece.part = at - start;
-      piece.begin = cut.begin(piece.part);
-      piece.end = cut.begin(piece.part + 1);
-      piece.first_cta = start;
-      piece.first_slot = 2 * start;
       next_tile = end_tile;
-    } else {
-      piece.begin = at - start;
-      piece.end = min_int(w.tiles, end_tile - start);
-      piece.first_cta = plan.flat.owner(start);
-      piece.num_parts = plan.flat.owner(start + w.tiles - 1) - piece.first_cta + 1;
-      piece.part = cta - piece.first_cta;
-      piece.first_slot = 2 * piece.first_cta + (plan.flat.begin(piece.first_cta) < start ? 1 : 0);
-      next_tile = start + piece.end;
+      return aligned_piece(plan, w, request, prefix, cta);
     }
+    Piece const piece = flat_piece(plan, w, request, prefix, cta, at);
+    next_tile += piece.end - piece.begin;
     return piece;
   }
 };

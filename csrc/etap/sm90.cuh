@@ -75,11 +75,14 @@ ETAP_DEVICE void wgmma(uint64_t a, uint64_t b, float (&d)[N / 2], ScaleOut scale
   wgmma_registers<Wgmma<T, N, A>>(a, b, d, scale, std::make_index_sequence<N / 2>{});
 }
 
-// Descriptor of a tile of 128-byte rows with the 128-byte swizzle, 8-row groups 1,024 bytes apart. The same
-// fields serve K-major A and B (rows are M or N) and MN-major A (rows are K, one swizzle row spans M = 64).
-ETAP_DEVICE uint64_t tile_descriptor(uint32_t shared_address) {
-  constexpr uint64_t kLeading = 1, kStride = 1024 >> 4, kSwizzle128 = 1;
-  return uint64_t(shared_address >> 4) | kLeading << 16 | kStride << 32 | kSwizzle128 << 62;
+// Descriptor of a tile of 128-byte rows with the 128-byte swizzle, 8-row groups 1,024 bytes apart. The same fields serve
+// K-major A and B (rows are M or N) and MN-major A (rows are K, one swizzle row spans M = 64). The low word is kept
+// apart, in units of 16 bytes: advancing by one addition keeps the issue of wgmma off the critical path.
+constexpr uint32_t kDescriptorUnit = 16;
+ETAP_DEVICE uint32_t descriptor_low(uint32_t shared_address) { return shared_address / kDescriptorUnit | 1u << 16; }
+ETAP_DEVICE uint64_t descriptor(uint32_t low) {
+  constexpr uint32_t kStride = 1024 / kDescriptorUnit, kSwizzle128 = 1u << 30;
+  return uint64_t(kStride | kSwizzle128) << 32 | low;
 }
 
 ETAP_DEVICE uint32_t shared_address(void const* p) { return cute::cast_smem_ptr_to_uint(p); }

@@ -21,6 +21,13 @@ struct RingPosition {
       parity ^= 1;
     }
   }
+  ETAP_DEVICE void advance(uint32_t n) {  // n < kRing
+    slot += n;
+    if (slot >= Cfg::kRing) {
+      slot -= Cfg::kRing;
+      parity ^= 1;
+    }
+  }
   ETAP_DEVICE RingPosition ahead(uint32_t n) const {  // n < kRing; the parity is not kept
     uint32_t const s = slot + n;
     return {s < Cfg::kRing ? s : s - Cfg::kRing, parity};
@@ -32,6 +39,8 @@ struct PieceInfo : Piece {
   int len;     // keys of the request
   int token0;  // its first query token, where tokens are ragged
   int q_len;   // its query tokens
+  int first_chunk;  // chunks of this CTA before it, since launch
+  int table;        // which RowTarget table it has: its number among the pending pieces, or 2 or 3 in turn
 };
 
 // Where an output row goes, in elements; out < 0: not a row of the request.
@@ -49,14 +58,15 @@ struct alignas(1024) SharedStorage {
   // readers of the tile before.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbBytes];
   struct Control {
-    float warp_stat[kConsumerGroups][4][Cfg::kScoreRows];  // per warp: tile maximum, or sum
-    float2 group_stat[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units), sum
+    float warp_stat[kConsumerGroups][4][Cfg::kRowTile];  // per warp: tile maximum, or sum
+    float2 group_stat[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units), sum
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
     EmptyBarrier empty[Cfg::kRing];    // one arrival per warp of the warpgroup that used the chunk last
     EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
+    int next_chunk, num_pending;       // behind the last piece posted
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);

@@ -21,17 +21,15 @@ using Launcher = cudaError_t (*)(int, MlaDecodeParams const&, CUtensorMap const&
 ETAP_DECLARE(bf16, 8)
 ETAP_DECLARE(bf16, 16)
 ETAP_DECLARE(bf16, 32)
-ETAP_DECLARE(bf16, 64)
 ETAP_DECLARE(fp16, 8)
 ETAP_DECLARE(fp16, 16)
 ETAP_DECLARE(fp16, 32)
-ETAP_DECLARE(fp16, 64)
 #undef ETAP_DECLARE
 
 namespace {
 
-constexpr Launcher kLaunchers[2][4] = {{launch_bf16_8, launch_bf16_16, launch_bf16_32, launch_bf16_32},
-                                       {launch_fp16_8, launch_fp16_16, launch_fp16_32, launch_fp16_32}};
+constexpr Launcher kLaunchers[2][3] = {{launch_bf16_8, launch_bf16_16, launch_bf16_32},
+                                       {launch_fp16_8, launch_fp16_16, launch_fp16_32}};
 
 // The driver's encoder, looked up once, so that nothing links against the driver.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
@@ -70,8 +68,6 @@ bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaD
          (p.num_pages == 1 || fits(page_stride));
 }
 
-size_t padded(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 }  // namespace
 
 int tma_box_rows(MlaDecodeParams const& p) {
@@ -84,18 +80,19 @@ int tma_box_rows(MlaDecodeParams const& p) {
   return rows >= 8 ? rows : 0;
 }
 
+namespace {
+size_t partial_floats(LaunchConfig const& config) { return 2 * size_t(config.num_ctas) * config.row_tile * kLatentDim; }
+}  // namespace
+
 size_t workspace_bytes(LaunchConfig const& config) {
-  size_t const slots = 2 * size_t(config.num_ctas), rows = config.row_tile;
-  return kMergeCountBytes + padded(slots * rows * kLatentDim * sizeof(float)) + slots * rows * 2 * sizeof(float);
+  size_t const stats = 2 * size_t(config.num_ctas) * config.row_tile * 2;
+  return kMergeCountBytes + (partial_floats(config) + stats) * sizeof(float);
 }
 
-void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* base) {
-  char* const bytes = static_cast<char*>(base);
-  size_t const slots = 2 * size_t(config.num_ctas), rows = config.row_tile;
-  params.merge_count = reinterpret_cast<int*>(bytes);
-  params.partial_out = reinterpret_cast<float*>(bytes + kMergeCountBytes);
-  params.partial_stats =
-      reinterpret_cast<float*>(bytes + kMergeCountBytes + padded(slots * rows * kLatentDim * sizeof(float)));
+void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* workspace) {
+  params.merge_count = static_cast<int*>(workspace);
+  params.partial_out = reinterpret_cast<float*>(static_cast<char*>(workspace) + kMergeCountBytes);
+  params.partial_stats = params.partial_out + partial_floats(config);
 }
 
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {
@@ -115,7 +112,7 @@ cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config
     }
     if (status != cudaSuccess) return status;
   }
-  int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : config.row_tile == 32 ? 2 : 3;
+  int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : 2;
   return kLaunchers[config.dtype == Dtype::kFp16][index](config.p_parts, params, ckv_map, kpe_map, config.num_ctas,
                                                          stream);
 }

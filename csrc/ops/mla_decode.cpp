@@ -101,8 +101,8 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   TORCH_CHECK(device->major == 9, "etap::mla_decode needs a Hopper GPU (compute capability 9.0), got ", device->name);
   cudaStream_t const stream = at::cuda::getCurrentCUDAStream();
 
-  at::Tensor const nope = rows_aligned(q_nope) ? q_nope : q_nope.contiguous();
-  at::Tensor const rope = rows_aligned(q_rope) ? q_rope : q_rope.contiguous();
+  at::Tensor const nope = rows_aligned(q_nope) ? q_nope : q_nope.clone(at::MemoryFormat::Contiguous);
+  at::Tensor const rope = rows_aligned(q_rope) ? q_rope : q_rope.clone(at::MemoryFormat::Contiguous);
   params.heads_divmod = cutlass::FastDivmod(params.num_heads);
   params.q_len = static_cast<int>(max_seqlen_q);
   params.causal = causal && max_seqlen_q > 1;
@@ -140,7 +140,7 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   LaunchConfig config;
   config.dtype = q_nope.scalar_type() == at::kBFloat16 ? Dtype::kBf16 : Dtype::kFp16;
   int64_t const rows = max_seqlen_q * params.num_heads;
-  config.row_tile = row_tile_for(static_cast<int>(std::min<int64_t>(rows, 64)));
+  config.row_tile = row_tile_for(static_cast<int>(std::min<int64_t>(rows, kMaxRowTile)));
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
   config.num_ctas = num_ctas == 0 ? sms : static_cast<int>(std::min<int64_t>(num_ctas, sms));

@@ -11,6 +11,8 @@
 namespace etap {
 namespace {
 
+using CaptureKey = std::tuple<int, cudaStream_t, unsigned long long>;  // device, stream, capture
+
 struct Buffer {
   int device = -1;
   size_t bytes = 0;
@@ -20,8 +22,9 @@ struct Buffer {
 struct Pool {
   std::mutex mutex;
   std::map<std::pair<int, cudaStream_t>, Buffer> of_stream;
-  std::map<std::tuple<int, cudaStream_t, unsigned long long>, Buffer> of_capture;
-  std::vector<Buffer> idle;  // initialised; from graphs that are gone
+  std::map<CaptureKey, Buffer> of_capture;
+  std::vector<Buffer> idle;      // initialised, from graphs that are gone
+  std::vector<Buffer> outgrown;  // launches in flight may still use them; never freed (at most one per row tile)
 
   static Pool& instance() {
     static Pool* const pool = new Pool;  // never destroyed: graphs may outlive static objects
@@ -31,7 +34,7 @@ struct Pool {
 
 // What a graph holds on to. CUDA runs the destructor where no CUDA call is allowed, so it only shelves the buffer.
 struct GraphHold {
-  std::tuple<int, cudaStream_t, unsigned long long> key;
+  CaptureKey key;
   Buffer buffer;
 
   static void release(void* hold) {
@@ -62,24 +65,26 @@ struct RelaxedCapture {
   ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
 };
 
-cudaError_t take_for_graph(Pool& pool, int device, size_t bytes, cudaGraph_t graph, GraphHold* hold) {
-  auto const fits = [&](Buffer const& b) { return b.device == device && b.bytes >= bytes; };
-  auto const found = std::find_if(pool.idle.begin(), pool.idle.end(), fits);
+cudaError_t take_for_graph(Pool& pool, CaptureKey const& key, size_t bytes, cudaGraph_t graph, Buffer* buffer) {
+  int const device = std::get<0>(key);
+  auto const found = std::find_if(pool.idle.begin(), pool.idle.end(),
+                                  [&](Buffer const& b) { return b.device == device && b.bytes >= bytes; });
   cudaError_t status = cudaSuccess;
   if (found != pool.idle.end()) {
-    hold->buffer = *found;
+    *buffer = *found;
     pool.idle.erase(found);
   } else {
     RelaxedCapture const relaxed;
     cudaStream_t side = nullptr;  // initialises now, not in each replay
     status = cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking);
-    if (status == cudaSuccess) status = allocate(device, bytes, side, &hold->buffer);
+    if (status == cudaSuccess) status = allocate(device, bytes, side, buffer);
     if (status == cudaSuccess) status = cudaStreamSynchronize(side);
     if (side) cudaStreamDestroy(side);
+    if (status != cudaSuccess) return status;
   }
-  if (status != cudaSuccess) return status;
   cudaUserObject_t object = nullptr;
-  status = cudaUserObjectCreate(&object, hold, GraphHold::release, 1, cudaUserObjectNoDestructorSync);
+  status = cudaUserObjectCreate(&object, new GraphHold{key, *buffer}, GraphHold::release, 1,
+                                cudaUserObjectNoDestructorSync);
   if (status == cudaSuccess) status = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
   return status;
 }
@@ -99,30 +104,22 @@ cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, voi
   Pool& pool = Pool::instance();
   std::lock_guard<std::mutex> const lock(pool.mutex);
   if (capturing == cudaStreamCaptureStatusActive) {
-    auto const key = std::make_tuple(device, stream, id);  // branches of one graph may overlap: one workspace each
+    CaptureKey const key(device, stream, id);  // branches of one graph may overlap: a workspace each
     Buffer& held = pool.of_capture[key];
-    if (held.bytes < bytes) {
-      auto* const hold = new GraphHold{key, {}};
-      status = take_for_graph(pool, device, bytes, graph, hold);
-      if (status != cudaSuccess) {
-        delete hold;
-        return status;
-      }
-      held = hold->buffer;
-    }
+    if (held.bytes < bytes) status = take_for_graph(pool, key, bytes, graph, &held);
     *workspace = held.data;
-    return cudaSuccess;
+    return status;
   }
   Buffer& own = pool.of_stream[{device, stream}];
   if (own.bytes < bytes) {
     Buffer larger;
     status = allocate(device, bytes, stream, &larger);
     if (status != cudaSuccess) return status;
-    if (own.data) pool.idle.push_back(own);  // launches in flight may still use it; a graph may have it later
+    if (own.data) pool.outgrown.push_back(own);
     own = larger;
   }
   *workspace = own.data;
-  return cudaSuccess;
+  return status;
 }
 
 }  // namespace etap

@@ -1,0 +1,91 @@
+// Python module etap_integration._C._host: the kernel's host-side facts, from the headers that the kernel is compiled
+// from. Needs neither CUDA nor torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "etap/config.h"
+#include "etap/schedule.h"
+
+namespace {
+
+using PieceTuple = std::tuple<int, int, int, int, int, int, int>;
+
+std::vector<etap::RequestWork> request_work(std::vector<int> const& lengths, std::optional<std::vector<int>> const& q_lens,
+                                            int heads, int row_tile) {
+  if (q_lens && q_lens->size() != lengths.size()) throw pybind11::value_error("q_lens must have one entry per length");
+  if (heads < 1 || row_tile < 1) throw pybind11::value_error("heads and row_tile must be at least 1");
+  std::vector<etap::RequestWork> work;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    int const len = etap::max_int(lengths[i], 0), q_len = q_lens ? (*q_lens)[i] : 1;
+    work.push_back({(len + etap::kTileKeys - 1) / etap::kTileKeys, (q_len * heads + row_tile - 1) / row_tile});
+  }
+  return work;
+}
+
+// The pieces of every CTA: (request, row tile, first tile, end tile, parts, part, workspace slot).
+std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
+                                              std::optional<std::vector<int>> const& q_lens, int heads, int row_tile,
+                                              int num_ctas) {
+  if (num_ctas < 1) throw pybind11::value_error("num_ctas must be at least 1");
+  auto const work = request_work(lengths, q_lens, heads, row_tile);
+  int tiles = 0, longest = 0, virtual_requests = 0;
+  for (auto const& w : work) {
+    tiles += w.tiles * w.row_tiles;
+    longest = etap::max_int(longest, w.row_tiles ? w.tiles : 0);
+    virtual_requests += w.tiles ? w.row_tiles : 0;
+  }
+  etap::Plan const plan = etap::make_plan(tiles, longest, virtual_requests, num_ctas, [&](int share) {
+    int ctas = 0;
+    for (auto const& w : work) ctas += etap::quotient_up(w.tiles, share) * w.row_tiles;
+    return ctas;
+  });
+  std::vector<std::vector<PieceTuple>> result(num_ctas);
+  for (int cta = 0; cta < plan.num_ctas; ++cta) {
+    int request = 0, prefix = 0;  // the device finds these with a warp-wide search
+    while (prefix + etap::plan_weight(plan, work[request]) <= etap::plan_target(plan, cta)) {
+      prefix += etap::plan_weight(plan, work[request++]);
+    }
+    for (etap::PieceCursor cursor(plan, cta, request, prefix); !cursor.done();) {
+      etap::Piece const p = cursor.next([&](int b) { return work[b]; });
+      result[cta].emplace_back(p.request, p.row_tile, p.begin, p.end, p.num_parts, p.part, p.slot(p.part));
+    }
+  }
+  return result;
+}
+
+template <int RowTile, int PParts>
+pybind11::dict config() {
+  using Cfg = etap::TileConfig<RowTile, PParts>;
+  pybind11::dict d;
+  d["row_tile"] = RowTile;
+  d["p_parts"] = PParts;
+  d["wgmma_n"] = std::vector<int>{RowTile, Cfg::kPvRows};  // of S^T and of O^T
+  d["smem_bytes"] = Cfg::kSharedBytes;
+  d["ring_chunks"] = Cfg::kRing;
+  d["threads"] = etap::kThreads;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Work split and tile configurations of the ETAP kernel.";
+  m.def("cta_work", &cta_work, pybind11::arg("lengths"), pybind11::arg("q_lens"), pybind11::arg("heads"),
+        pybind11::arg("row_tile"), pybind11::arg("num_ctas"),
+        "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, tiles of "
+        "64 keys. Raises ValueError for inconsistent arguments.");
+  m.def("kernel_configs", [] {
+    return std::vector<pybind11::dict>{config<8, 1>(),  config<8, 2>(),  config<16, 1>(),
+                                       config<16, 2>(), config<32, 1>(), config<32, 2>()};
+  }, "One dict per tile configuration; sizes in bytes, ring_chunks of 8 KiB.");
+  m.def("build_info", [] {
+    pybind11::dict d;
+    d["compiler"] = __VERSION__;
+    d["tile_keys"] = etap::kTileKeys;
+    return d;
+  }, "How this module was built.");
+}
