@@ -14,8 +14,8 @@ namespace {
 
 using PieceTuple = std::tuple<int, int, int, int, int, int, int>;
 
-std::vector<etap::RequestWork> request_work(std::vector<int> const& lengths, std::optional<std::vector<int>> const& q_lens,
-                                            int heads, int row_tile) {
+std::vector<etap::RequestWork> request_work(std::vector<int> const& lengths,
+                                            std::optional<std::vector<int>> const& q_lens, int heads, int row_tile) {
   if (q_lens && q_lens->size() != lengths.size()) throw pybind11::value_error("q_lens must have one entry per length");
   if (heads < 1 || row_tile < 1) throw pybind11::value_error("heads and row_tile must be at least 1");
   std::vector<etap::RequestWork> work;
@@ -76,8 +76,8 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Work split and tile configurations of the ETAP kernel.";
   m.def("cta_work", &cta_work, pybind11::arg("lengths"), pybind11::arg("q_lens"), pybind11::arg("heads"),
         pybind11::arg("row_tile"), pybind11::arg("num_ctas"),
-        "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, tiles of "
-        "64 keys. Raises ValueError for inconsistent arguments.");
+        "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
+        "tiles of 64 keys. Raises ValueError for inconsistent arguments.");
   m.def("kernel_configs", [] {
     return std::vector<pybind11::dict>{config<8, 1>(),  config<8, 2>(),  config<16, 1>(),
                                        config<16, 2>(), config<32, 1>(), config<32, 2>()};

@@ -1,5 +1,6 @@
 """Recorded rows: schema, appending, the hash of the sources, staleness."""
 
+import hashlib
 import json
 import multiprocessing
 import re
@@ -211,3 +212,17 @@ def test_recorded_results_are_valid():
             stamp = (row.gpu, row.driver, row.torch, row.commit, row.sources, row.command, row.label)
             assert shared.setdefault(row.run, stamp) == stamp, f"{path.name}: run {row.run}"
             assert not re.search(r"(^|[\s=])/", row.command), f"{path.name}: absolute path in {row.command}"
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path):
+    library = tmp_path / "libetap_mla.so"
+    library.write_bytes(b"library")
+    records.check_library(library, "a" * 64)  # no report: nothing to compare with
+    build = {"sources": "b" * 64, "library": hashlib.sha256(b"library").hexdigest()}
+    (tmp_path / "ptxas.json").write_text(json.dumps({"build": build}))
+    records.check_library(library, "b" * 64)
+    with pytest.raises(ValueError, match=r"bbbbbbbbbbbb.*aaaaaaaaaaaa"):
+        records.check_library(library, "a" * 64)
+    library.write_bytes(b"another")
+    with pytest.raises(ValueError, match="not that library's"):
+        records.check_library(library, "b" * 64)

@@ -11,7 +11,7 @@
 
 namespace etap {
 
-constexpr float kNoReference = -1e30f;  // reference maximum of a row that has seen no key; finite, so that no NaN arises
+constexpr float kNoReference = -1e30f;  // reference maximum of a row that has seen no key; finite: no NaN arises
 constexpr float kReferenceSlack = 8.0f; // scores may exceed the reference maximum by this much, in log2 units
 
 template <class Cfg>
@@ -231,7 +231,8 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
 
 // O^T += V^T P^T for the chunks this warpgroup owns, freeing each chunk behind it. `at`: the tile's rope chunk.
 template <class T, class Cfg>
-ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at, uint32_t prob) {
+ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at,
+                                 uint32_t prob) {
   at.advance();
   uint32_t const ring = descriptor_low(shared_address(smem.ring)), p_low = descriptor_low(prob);
   uint32_t previous = at.slot;

@@ -21,9 +21,9 @@ namespace etap {
 ETAP_HD int min_int(int a, int b) { return a < b ? a : b; }
 ETAP_HD int max_int(int a, int b) { return a > b ? a : b; }
 
-// a / b for a >= 0, b > 0 and a / b < 2^21 (2^21 tiles in one CTA are 154 GB of cache). On the device, where this lies on
-// the critical path of short launches, a float quotient takes a third of an integer division's instructions; it is off
-// by one at most.
+// a / b for a >= 0, b > 0 and a / b < 2^21 (2^21 tiles in one CTA are 154 GB of cache). On the device, where this lies
+// on the critical path of short launches, a float quotient takes a third of an integer division's instructions; it is
+// off by one at most.
 ETAP_HD int quotient(int a, int b) {
 #if defined(__CUDA_ARCH__)
   int const q = __float2int_rz(__fdividef(float(a), float(b))), rest = a - q * b;

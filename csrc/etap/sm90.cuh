@@ -75,9 +75,9 @@ ETAP_DEVICE void wgmma(uint64_t a, uint64_t b, float (&d)[N / 2], ScaleOut scale
   wgmma_registers<Wgmma<T, N, A>>(a, b, d, scale, std::make_index_sequence<N / 2>{});
 }
 
-// Descriptor of a tile of 128-byte rows with the 128-byte swizzle, 8-row groups 1,024 bytes apart. The same fields serve
-// K-major A and B (rows are M or N) and MN-major A (rows are K, one swizzle row spans M = 64). The low word is kept
-// apart, in units of 16 bytes: advancing by one addition keeps the issue of wgmma off the critical path.
+// Descriptor of a tile of 128-byte rows with the 128-byte swizzle, 8-row groups 1,024 bytes apart. The same fields
+// serve K-major A and B (rows are M or N) and MN-major A (rows are K, one swizzle row spans M = 64). The low word is
+// kept apart, in units of 16 bytes, so that a step to the next operand is one addition.
 constexpr uint32_t kDescriptorUnit = 16;
 ETAP_DEVICE uint32_t descriptor_low(uint32_t shared_address) { return shared_address / kDescriptorUnit | 1u << 16; }
 ETAP_DEVICE uint64_t descriptor(uint32_t low) {

@@ -36,9 +36,9 @@ struct RingPosition {
 
 // A piece as the CTA's roles share it.
 struct PieceInfo : Piece {
-  int len;     // keys of the request
-  int token0;  // its first query token, where tokens are ragged
-  int q_len;   // its query tokens
+  int len;          // keys of the request
+  int token0;       // its first query token, where tokens are ragged
+  int q_len;        // its query tokens
   int first_chunk;  // chunks of this CTA before it, since launch
   int table;        // which RowTarget table it has: its number among the pending pieces, or 2 or 3 in turn
 };

@@ -53,7 +53,8 @@ cudaError_t allocate(int device, size_t bytes, cudaStream_t stream, Buffer* buff
   cudaError_t status = cudaMalloc(&buffer->data, bytes);
   if (status == cudaSuccess) status = cudaMemsetAsync(buffer->data, 0, kMergeCountBytes, stream);
   if (status == cudaSuccess) {
-    status = cudaMemsetAsync(static_cast<char*>(buffer->data) + kMergeCountBytes, 0xff, bytes - kMergeCountBytes, stream);
+    char* const words = static_cast<char*>(buffer->data) + kMergeCountBytes;
+    status = cudaMemsetAsync(words, 0xff, bytes - kMergeCountBytes, stream);
   }
   return status;
 }

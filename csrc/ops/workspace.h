@@ -7,9 +7,9 @@
 
 namespace etap {
 
-// An initialised workspace of at least `bytes` that no launch overlapping with one on `stream` uses: each stream has its
-// own, and each CUDA graph being captured, which gives it back when the last graph made from it is destroyed. Waits for
-// the device only where a capture needs a new one. Thread-safe.
+// An initialised workspace of at least `bytes` that no launch overlapping with one on `stream` uses: each stream has
+// its own, and each CUDA graph being captured, which gives it back when the last graph made from it is destroyed.
+// Waits for the device only where a capture needs a new one. Thread-safe.
 cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, void** workspace);
 
 }  // namespace etap

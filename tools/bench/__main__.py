@@ -85,6 +85,12 @@ def run(
         raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
 
     label, path = _labelled(library[0]) if library else (None, DEFAULT_LIBRARY)
+    try:
+        if path.is_file() and "etap" in (impl or IMPLEMENTATIONS):
+            records.check_library(path, sources)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--library") from error
+
     settings = runner.Settings(
         impls=tuple(impl or IMPLEMENTATIONS),
         library=path,

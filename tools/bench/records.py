@@ -211,6 +211,25 @@ def head_commit(root: Path = ROOT) -> str | None:
     return done.stdout.strip()
 
 
+def check_library(library: Path, sources: str) -> None:
+    """Raises ValueError where the build report beside our library says that other kernel sources went into it.
+
+    Args:
+        library: the operator library; its report is `ptxas.json` in the same folder, and may be missing.
+        sources: hash of the kernel sources that rows are to be recorded under, see `sources_hash`.
+    """
+    report = library.with_name("ptxas.json")
+    if not report.is_file():
+        return
+    build = json.loads(report.read_text())["build"]
+    if hashlib.sha256(library.read_bytes()).hexdigest() != build.get("library"):
+        raise ValueError(f"{report.name} beside {library.name} is not that library's: build again")
+    if build["sources"] != sources:
+        raise ValueError(
+            f"{library.name} was built from sources {build['sources'][:12]}, rows would name {sources[:12]}: rebuild"
+        )
+
+
 def stale(rows: Iterable[Row], sources: str) -> list[Row]:
     """The rows that were measured from other kernel sources than those with the hash `sources`."""
     return [row for row in rows if row.sources != sources]
