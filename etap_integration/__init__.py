@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from etap_integration._library import build_info
+    from etap_integration.dispatch import disable, enable, patched, status, supports
     from etap_integration.ops import mla_decode
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_info", "mla_decode"]
+__all__ = ["__version__", "build_info", "disable", "enable", "mla_decode", "patched", "status", "supports"]
 
 _HOME = {"mla_decode": "etap_integration.ops", "build_info": "etap_integration._library"}
+_HOME |= dict.fromkeys(("enable", "disable", "patched", "status", "supports"), "etap_integration.dispatch")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,325 @@
+"""Which calls run on ETAP: pure functions of a `Call`. They need no GPU, and look at no tensor's contents.
+
+    supports(call)   can the operator compute this call, exactly as upstream would?
+    choose(call)     is it expected to be faster than upstream?
+    Decider          both, with the part that depends on shapes alone remembered
+
+Every reason is one of few fixed sentences, so that fall-backs can be counted by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etap_integration.dispatch.calls import Call
+
+D_ROPE, D_LATENT = 64, 512
+MAX_HEADS = 128  # what the operator takes
+SUPPORTED = "supported"
+NOT_MLA = "qv is not given: no MLA call"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_rows: calls with more query rows (tokens of the longest request times heads) are left to upstream."""
+
+    max_rows: int = 64
+
+    def __post_init__(self) -> None:
+        if type(self.max_rows) is not int or self.max_rows < 1:
+            raise ValueError(f"max_rows: {self.max_rows!r}, expected an int of at least 1")
+
+
+DEFAULT_LIMITS = Limits()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keywords. Each is covered at some values: `neutral(name, value)`.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Tuning hints, and what upstream reads only together with a keyword that is refused below.
+ACCEPTED = frozenset((
+    "num_splits", "scheduler_metadata", "pack_gqa", "deterministic", "max_seqlen_k",
+    "rotary_interleaved", "rotary_seqlens", "cu_seqlens_k_new",
+))  # fmt: skip
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _is_zero(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and value == 0)
+
+
+def _is(number: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and value == number
+
+
+def _no_window(value: Any) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return value is None or (pair and all(type(side) is int and side == -1 for side in value))
+
+
+NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "k": (_is_none, "new keys to append (k)"),
+    "v": (_is_none, "new values to append (v)"),
+    "rotary_cos": (_is_none, "rotary embedding"),
+    "rotary_sin": (_is_none, "rotary embedding"),
+    "cache_batch_idx": (_is_none, "cache_batch_idx"),
+    "cache_leftpad": (_is_none, "cache_leftpad"),
+    "seqused_q": (_is_none, "seqused_q"),
+    "cu_seqlens_k": (_is_none, "cu_seqlens_k: packed keys"),
+    "q_descale": (_is_none, "descale factors"),
+    "k_descale": (_is_none, "descale factors"),
+    "v_descale": (_is_none, "descale factors"),
+    "window_size": (_no_window, "window_size"),
+    "attention_chunk": (_is_zero, "attention_chunk"),
+    "softcap": (_is_zero, "softcap"),
+    "dropout_p": (_is_zero, "dropout"),
+    "alibi_slopes": (_is_none, "ALiBi"),
+    "s_aux": (_is_none, "attention sinks"),
+    "sinks": (_is_none, "attention sinks"),
+    "learnable_sink": (_is_none, "attention sinks"),
+    "score_mod": (_is_none, "score_mod"),
+    "mask_mod": (_is_none, "mask_mod"),
+    "aux_tensors": (_is_none, "score_mod"),
+    "return_attn_probs": (_is_zero, "return_attn_probs"),
+    "cp_world_size": (_is(1), "context parallelism"),
+    "cp_rank": (_is_zero, "context parallelism"),
+    "cp_tot_seqused_k": (_is_none, "context parallelism"),
+    "fa_version": (_is(3), "not FlashAttention-3 (fa_version)"),
+    "ver": (_is(3), "not FlashAttention-3 (ver)"),
+    "sm_margin": (lambda value: type(value) is int and value >= 0, "sm_margin is not a number of SMs"),
+}
+
+
+def neutral(name: str, value: Any) -> bool:
+    """Whether a parameter that nobody passed may keep its default `value` unexamined.
+
+    True of an unknown parameter: left alone, it does what upstream always did.
+    """
+    rule = NEUTRAL.get(name)
+    return rule is None or rule[0](value)
+
+
+def _keyword_reason(call: Call) -> str | None:
+    for name, value in call.others.items():
+        if name in ACCEPTED:
+            continue
+        rule = NEUTRAL.get(name)
+        if rule is None:
+            return f"unknown keyword {name}"
+        if not rule[0](value):
+            return rule[1]
+    return None
+
+
+def _value_reason(call: Call) -> str | None:
+    """What is neither a shape nor cheap to remember. After `_static_reason`."""
+    scale = call.softmax_scale
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
+        return "softmax_scale is not a positive number"
+    lengths = call.cache_seqlens
+    if type(lengths) is int:
+        if call.cu_seqlens_q is not None:
+            return "cache_seqlens is an int and the queries are ragged"
+        if not 0 <= lengths <= call.capacity:
+            return "cache_seqlens exceeds the cache"
+    if torch.is_grad_enabled() and (
+        call.q_rope.requires_grad or call.q_nope.requires_grad or call.k_cache.requires_grad
+        or call.v_cache.requires_grad or (call.out is not None and call.out.requires_grad)
+    ):  # fmt: skip
+        return "a tensor requires grad"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes, dtypes, devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _static_reason(call: Call, limits: Limits) -> str | None:
+    q, qv, k, v = call.q_rope, call.q_nope, call.k_cache, call.v_cache
+    if not all(isinstance(x, Tensor) for x in (q, qv, k, v)):
+        return "q, qv and the caches are not all tensors"
+    device = q.device
+    return (
+        _machine_reason(call, device)
+        or _dtype_reason(q.dtype, (qv.dtype, k.dtype, v.dtype))
+        or _query_reason(call, device)
+        or _cache_reason(call, device)
+        or ("too many query rows" if call.rows > limits.max_rows else None)
+        or (None if call.out is None else _out_reason(call.out, qv))
+    )
+
+
+def _machine_reason(call: Call, device: torch.device) -> str | None:
+    if call.machine.capability is None:
+        return "the tensors are not on a CUDA device"
+    if call.machine.capability[0] != 9:
+        return "the device is not a Hopper GPU"
+    if call.machine.library is not None:
+        return "the operator library cannot be loaded"
+    if any(x.device != device for x in (call.q_nope, call.k_cache, call.v_cache)):
+        return "q, qv and the caches are on different devices"
+    return None
+
+
+def _dtype_reason(dtype: torch.dtype, others: tuple[torch.dtype, ...]) -> str | None:
+    if any(x.itemsize == 1 for x in (dtype, *others)):
+        return "FP8 or other 8-bit queries or cache"
+    if any(x not in _DTYPES for x in (dtype, *others)):
+        return "a dtype is neither bfloat16 nor float16"
+    return None if all(x == dtype for x in others) else "q, qv and the caches differ in dtype"
+
+
+def _query_reason(call: Call, device: torch.device) -> str | None:
+    q, qv, cu, longest = call.q_rope, call.q_nope, call.cu_seqlens_q, call.max_seqlen_q
+    if q.dim() != (4 if cu is None else 3) or qv.dim() != q.dim() or qv.shape[:-1] != q.shape[:-1]:
+        return "q and qv are not shaped alike, (batch, sq, heads, width) or (total_q, heads, width) with cu_seqlens_q"
+    if q.shape[-1] != D_ROPE or qv.shape[-1] != D_LATENT:
+        return "the head dimensions are not 64 (rope) and 512 (latent)"
+    if not 1 <= q.shape[-2] <= MAX_HEADS:
+        return "not 1 to 128 query heads"
+    if cu is None:
+        return None if q.shape[1] >= 1 else "no query tokens"
+    if not _int32(cu, 1, device) or cu.shape[0] < 1:
+        return "cu_seqlens_q is not an int32 tensor (batch + 1,) on the queries' device"
+    return None if type(longest) is int and longest >= 1 else "max_seqlen_q is not an int of at least 1"
+
+
+def _cache_reason(call: Call, device: torch.device) -> str | None:
+    k, v, table, lengths = call.k_cache, call.v_cache, call.page_table, call.cache_seqlens
+    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+        return "the caches are not shaped alike, (pages, page_size, 1, width)"
+    if k.shape[2] != 1:
+        return "more than one KV head"
+    if k.shape[3] != D_ROPE or v.shape[3] != D_LATENT:
+        return "the head dimensions are not 64 (rope) and 512 (latent)"
+    if k.stride(3) != 1 or v.stride(3) != 1:
+        return "a cache's last dimension is not contiguous"
+    batch = call.batch
+    if table is None:
+        if k.shape[0] != batch:
+            return "an unpaged cache of another batch size"
+    elif not _int32(table, 2, device) or table.shape[0] != batch or k.shape[1] < 1:
+        return "page_table is not an int32 tensor (batch, pages) on the queries' device"
+    if type(lengths) is not int and (not _int32(lengths, 1, device) or lengths.shape[0] != batch):
+        return "cache_seqlens is neither an int nor an int32 tensor (batch,) on the queries' device"
+    return None
+
+
+def _int32(value: Any, dims: int, device: torch.device) -> bool:
+    if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.device != device or value.dim() != dims:
+        return False
+    return value.shape[-1] <= 1 or value.stride(-1) == 1
+
+
+def _out_reason(out: Any, qv: Tensor) -> str | None:
+    if not isinstance(out, Tensor) or out.dtype != qv.dtype or out.device != qv.device or out.shape != qv.shape:
+        return "out is not a tensor of qv's shape, dtype and device"
+    *outer, last = out.stride()
+    rows = all(n <= 1 or (step > 0 and step % 8 == 0) for n, step in zip(out.shape, outer, strict=False))
+    return None if last == 1 and rows and out.storage_offset() % 8 == 0 else "out has unaligned rows"
+
+
+def _static_key(call: Call) -> tuple[Any, ...]:
+    """All that `_static_reason` looks at but the machine, which the device stands for.
+
+    Raises AttributeError where something that should be a tensor is not one.
+    """
+    q, qv, k, v = call.q_rope, call.q_nope, call.k_cache, call.v_cache
+    table, lengths, cu, out = call.page_table, call.cache_seqlens, call.cu_seqlens_q, call.out
+    longest = call.max_seqlen_q if type(call.max_seqlen_q) is int else None
+    return (
+        q.shape, q.dtype, q.device, qv.shape, qv.dtype, qv.device,
+        k.shape, k.dtype, k.device, k.stride(-1), v.shape, v.dtype, v.device, v.stride(-1),
+        None if table is None else (table.shape, table.dtype, table.device, table.stride(-1)),
+        None if type(lengths) is int else (lengths.shape, lengths.dtype, lengths.device, lengths.stride(-1)),
+        None if cu is None else (cu.shape, cu.dtype, cu.device, cu.stride(-1), longest),
+        None if out is None else (out.shape, out.dtype, out.device, out.stride(), out.storage_offset() % 8),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decisions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def supports(call: Call, limits: Limits = DEFAULT_LIMITS) -> tuple[bool, str]:
+    """Whether the operator computes `call` as upstream would. (True, "supported") or (False, the reason)."""
+    if call.malformed is not None:
+        return False, call.malformed
+    if call.q_nope is None:
+        return False, NOT_MLA
+    reason = _keyword_reason(call) or _static_reason(call, limits) or _value_reason(call)
+    return reason is None, reason or SUPPORTED
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A measured region where upstream is faster: `upstream_wins(rows, batch, length_bound, sms)`."""
+
+    reason: str
+    upstream_wins: Callable[[int, int, int, int], bool]
+
+
+# Filled from measurements of the operator against an unpatched upstream, one rule a region. Empty: nothing was measured
+# that speaks against a call that `supports` lets through.
+MEASURED_RULES: tuple[Rule, ...] = ()
+
+
+def choose(call: Call, rules: tuple[Rule, ...] | None = None) -> tuple[bool, str]:
+    """Whether ETAP is the faster one, for a call that `supports` let through: yes, where no rule says otherwise.
+
+    Looks at rows, batch, an upper bound of the lengths that the host knows, and the number of SMs. Returns as
+    `supports` does.
+    """
+    for rule in MEASURED_RULES if rules is None else rules:
+        if rule.upstream_wins(call.rows, call.batch, call.length_bound, call.machine.sms):
+            return False, rule.reason
+    return True, SUPPORTED
+
+
+class Decider:
+    """`supports` and `choose`, the shapes already judged remembered. Safe to share between threads."""
+
+    CAPACITY = 4096  # remembered shapes; all are dropped when it is reached
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
+        self._seen: dict[tuple[Any, ...], str | None] = {}
+
+    def __call__(self, call: Call) -> str | None:
+        """None: run it on ETAP. Otherwise the reason why not."""
+        if call.malformed is not None:
+            return call.malformed
+        if call.q_nope is None:
+            return NOT_MLA
+        reason = _keyword_reason(call) or self._static(call) or _value_reason(call)
+        if reason is not None:
+            return reason
+        ours, why = choose(call)
+        return None if ours else why
+
+    def _static(self, call: Call) -> str | None:
+        try:
+            key = _static_key(call)
+            return self._seen[key]
+        except KeyError:
+            pass
+        except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensors, or of no dimensions
+            return _static_reason(call, self.limits)
+        reason = _static_reason(call, self.limits)
+        if len(self._seen) >= self.CAPACITY:
+            self._seen = {}
+        self._seen[key] = reason
+        return reason

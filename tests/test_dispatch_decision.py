@@ -1,0 +1,325 @@
+"""What is covered, decided without a GPU: good calls pass, each thing that is not covered has its reason."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from dispatch_fixtures import BF16, FA3, HOPPER, I32, SGL, VLLM, hopper, kvcache_call, sglang_call, upstream, vllm_call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etap_integration import ops, supports
+from etap_integration.dispatch import Machine, calls, choose, decision
+from etap_integration.dispatch.calls import FA3_VARLEN, KVCACHE, SGL_VARLEN, VLLM_VARLEN, Call, Normaliser
+from etap_integration.dispatch.decision import Decider, Limits, Rule, neutral
+
+
+def normaliser(module: str, name: str, interface: calls.Interface, machine: Any = hopper) -> Normaliser:
+    return Normaliser(upstream(module, name), interface, machine, neutral)
+
+
+NORMALISE = {
+    "fa3": normaliser(FA3, "flash_attn_with_kvcache", KVCACHE),
+    "fa3 varlen": normaliser(FA3, "flash_attn_varlen_func", FA3_VARLEN),
+    "sgl": normaliser(SGL, "flash_attn_with_kvcache", KVCACHE),
+    "sgl varlen": normaliser(SGL, "flash_attn_varlen_func", SGL_VARLEN),
+    "vllm": normaliser(VLLM, "flash_attn_varlen_func", VLLM_VARLEN),
+}
+
+
+def call(**changes: Any) -> Call:
+    return NORMALISE["fa3"]((), kvcache_call(**changes))
+
+
+def decided(one: Call, limits: Limits | None = None) -> str:
+    """The reason by `supports`, which `Decider` must share, the first time and from memory."""
+    limits = limits or Limits()
+    ok, reason = supports(one, limits)
+    assert ok == (reason == decision.SUPPORTED)
+    decide = Decider(limits)
+    assert decide(one) == decide(one) == (None if ok else reason)
+    return reason
+
+
+def unpaged(**changes: Any) -> dict[str, Any]:
+    kv = torch.zeros(2, 100, 1, 576, dtype=BF16)
+    return {"page_table": None, "k_cache": kv[..., 512:], "v_cache": kv[..., :512], "cache_seqlens": 100} | changes
+
+
+GOOD = [
+    {},
+    {"cache_seqlens": 32},
+    {"causal": True, "softmax_scale": 1},
+    {"window_size": [-1, -1]},
+    {"window_size": None},
+    {"softcap": 0},
+    {"attention_chunk": None},
+    {"num_splits": 5, "pack_gqa": True, "scheduler_metadata": torch.zeros(3), "sm_margin": 16},
+    {"rotary_interleaved": False, "rotary_seqlens": torch.zeros(2), "cu_seqlens_k_new": torch.zeros(3)},
+    {"sq": 4},
+    {"heads": 64},
+    {"max_seqlen_q": 99},  # upstream ignores it where the queries are not ragged
+    {"page_size": 1, "pages": 64},
+    unpaged(),
+    unpaged(cache_seqlens=torch.zeros(2, dtype=I32)),
+]
+
+
+@pytest.mark.parametrize("changes", GOOD, ids=lambda c: ",".join(c))
+def test_covered(changes: dict[str, Any]) -> None:
+    assert decided(call(**changes)) == decision.SUPPORTED
+
+
+def zeros(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def rejected() -> list[tuple[str, dict[str, Any]]]:
+    one = zeros(1)
+    return [
+        ("qv is not given: no MLA call", {"qv": None}),
+        ("window_size", {"window_size": (128, 0)}),
+        ("window_size", {"window_size": (-1, 0)}),
+        ("softcap", {"softcap": 30.0}),
+        ("softcap", {"softcap": one}),
+        ("attention_chunk", {"attention_chunk": 64}),
+        ("cache_leftpad", {"cache_leftpad": one}),
+        ("cache_batch_idx", {"cache_batch_idx": one}),
+        ("rotary embedding", {"rotary_cos": one}),
+        ("rotary embedding", {"rotary_sin": one}),
+        ("new keys to append (k)", {"k": one}),
+        ("new values to append (v)", {"v": one}),
+        ("descale factors", {"k_descale": one}),
+        ("sm_margin is not a number of SMs", {"sm_margin": -1}),
+        ("unknown keyword tree_mask", {"tree_mask": None}),
+        ("FP8 or other 8-bit queries or cache", {"k_cache": zeros(16, 4, 1, 64, dtype=torch.float8_e4m3fn)}),
+        ("a dtype is neither bfloat16 nor float16", {"q": zeros(2, 1, 16, 64, dtype=torch.float32)}),
+        ("q, qv and the caches differ in dtype", {"q": zeros(2, 1, 16, 64, dtype=torch.float16)}),
+        ("q, qv and the caches are not all tensors", {"k_cache": [1]}),
+        ("too many query rows", {"sq": 5}),
+        ("too many query rows", {"heads": 128}),
+        ("not 1 to 128 query heads", {"heads": 129}),
+        ("no query tokens", {"sq": 0}),
+        ("more than one KV head", {"k_cache": zeros(16, 4, 2, 64), "v_cache": zeros(16, 4, 2, 512)}),
+        (
+            "the head dimensions are not 64 (rope) and 512 (latent)",
+            {"q": zeros(2, 1, 16, 128), "k_cache": zeros(16, 4, 1, 128)},
+        ),
+        ("the head dimensions are not 64 (rope) and 512 (latent)", {"v_cache": zeros(16, 4, 1, 256)}),
+        ("the caches are not shaped alike, (pages, page_size, 1, width)", {"k_cache": zeros(15, 4, 1, 64)}),
+        ("the caches are not shaped alike, (pages, page_size, 1, width)", {"k_cache": zeros(16, 4, 64)}),
+        ("a cache's last dimension is not contiguous", {"k_cache": zeros(16, 4, 1, 128)[..., ::2]}),
+        ("an unpaged cache of another batch size", {"page_table": None}),
+        (
+            "page_table is not an int32 tensor (batch, pages) on the queries' device",
+            {"page_table": zeros(2, 8, dtype=torch.int64)},
+        ),
+        (
+            "page_table is not an int32 tensor (batch, pages) on the queries' device",
+            {"page_table": zeros(3, 8, dtype=I32)},
+        ),
+        (
+            "cache_seqlens is neither an int nor an int32 tensor (batch,) on the queries' device",
+            {"cache_seqlens": None},
+        ),
+        (
+            "cache_seqlens is neither an int nor an int32 tensor (batch,) on the queries' device",
+            {"cache_seqlens": torch.zeros(2, dtype=I32, device="meta")},
+        ),
+        ("cache_seqlens exceeds the cache", {"cache_seqlens": 33}),
+        ("cache_seqlens exceeds the cache", {"cache_seqlens": -1}),
+        ("softmax_scale is not a positive number", {"softmax_scale": -1.0}),
+        ("softmax_scale is not a positive number", {"softmax_scale": torch.ones(())}),
+        ("a tensor requires grad", {"q": zeros(2, 1, 16, 64).requires_grad_()}),
+        ("q, qv and the caches are on different devices", {"qv": zeros(2, 1, 16, 512).to("meta")}),
+        ("a required argument is missing", {"without": "k_cache"}),
+    ]
+
+
+@pytest.mark.parametrize(("reason", "changes"), rejected(), ids=lambda x: x if isinstance(x, str) else "")
+def test_left_to_upstream(reason: str, changes: dict[str, Any]) -> None:
+    arguments = kvcache_call(**changes)
+    arguments.pop(arguments.pop("without", None), None)
+    assert decided(NORMALISE["fa3"]((), arguments)) == reason
+
+
+RAGGED_BAD = [
+    ("cu_seqlens_q is not an int32 tensor (batch + 1,) on the queries' device", {"cu_seqlens_q": [0, 1, 2, 3]}),
+    ("cu_seqlens_q is not an int32 tensor (batch + 1,) on the queries' device", {"cu_seqlens_q": torch.arange(4)}),
+    ("max_seqlen_q is not an int of at least 1", {"max_seqlen_q": None}),
+    ("max_seqlen_q is not an int of at least 1", {"max_seqlen_q": torch.ones((), dtype=I32)}),
+    ("cache_seqlens is an int and the queries are ragged", {"cache_seqlens": 5}),
+    ("too many query rows", {"max_seqlen_q": 5}),
+    ("not FlashAttention-3 (ver)", {"ver": 4}),
+    ("attention sinks", {"sinks": torch.zeros(16)}),
+]
+
+
+@pytest.mark.parametrize(("reason", "changes"), RAGGED_BAD)
+def test_ragged_calls_left_to_upstream(reason: str, changes: dict[str, Any]) -> None:
+    assert decided(NORMALISE["sgl"]((), sglang_call() | changes)) == reason
+
+
+VLLM_BAD = [
+    ("not FlashAttention-3 (fa_version)", {"fa_version": 2}),
+    ("context parallelism", {"cp_world_size": 2}),
+    ("dropout", {"dropout_p": 0.1}),
+    ("ALiBi", {"alibi_slopes": torch.zeros(16)}),
+    ("attention sinks", {"s_aux": torch.zeros(16)}),
+    ("cu_seqlens_k: packed keys", {"cu_seqlens_k": torch.zeros(5, dtype=I32)}),
+    ("return_attn_probs", {"return_attn_probs": True}),
+    ("out is not a tensor of qv's shape, dtype and device", {"out": torch.zeros(3, 16, 512)}),
+    ("out has unaligned rows", {"out": torch.zeros(3, 16, 513, dtype=BF16)[..., 1:]}),
+]
+
+
+@pytest.mark.parametrize(("reason", "changes"), VLLM_BAD)
+def test_vllm_calls_left_to_upstream(reason: str, changes: dict[str, Any]) -> None:
+    assert decided(NORMALISE["vllm"]((), vllm_call() | changes)) == reason
+
+
+def test_a_default_counts_where_nothing_is_passed() -> None:
+    """vLLM's fa_version defaults to 2: a call that does not name it is no FlashAttention-3 call."""
+    arguments = vllm_call()
+    del arguments["fa_version"]
+    assert decided(NORMALISE["vllm"]((), arguments)) == "not FlashAttention-3 (fa_version)"
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        (Machine(None), "the tensors are not on a CUDA device"),
+        (Machine((8, 0), 108), "the device is not a Hopper GPU"),
+        (Machine((10, 0), 148), "the device is not a Hopper GPU"),
+        (Machine((9, 0), 132, "not built"), "the operator library cannot be loaded"),
+    ],
+)
+def test_machines(machine: Machine, reason: str) -> None:
+    assert decided(replace(call(), machine=machine)) == reason
+
+
+def test_cpu_tensors_have_no_machine() -> None:
+    normalise = normaliser(FA3, "flash_attn_with_kvcache", KVCACHE, calls.machine_of)
+    assert decided(normalise((), kvcache_call())) == "the tensors are not on a CUDA device"
+
+
+def test_row_limit() -> None:
+    assert decided(call(heads=128), Limits(128)) == decision.SUPPORTED
+    assert decided(call(heads=16), Limits(15)) == "too many query rows"
+    for bad in (0, -1, True, 64.0):
+        with pytest.raises(ValueError, match="max_rows"):
+            Limits(bad)  # type: ignore[arg-type]
+
+
+def test_default_scales() -> None:
+    """Over both parts of the head dimension, but over the rope part alone in vLLM's interface."""
+    arguments = vllm_call() | {"softmax_scale": None}
+    assert NORMALISE["vllm"]((), arguments).softmax_scale == 64**-0.5
+    assert call().softmax_scale == ops.DEFAULT_SCALE == 576**-0.5
+    varlen = {"q": arguments["q"], "qv": arguments["q_v"], "k": arguments["k"], "v": arguments["v"]}
+    for name in ("fa3 varlen", "sgl varlen"):
+        assert NORMALISE[name]((), varlen).softmax_scale == 576**-0.5
+
+
+def test_positions_and_keywords_mean_the_same() -> None:
+    arguments = kvcache_call(softcap=1.0)
+    order = ("q", "k_cache", "v_cache", "k", "v", "qv")
+    positional = [arguments.pop(name, None) for name in order]
+    by_position = NORMALISE["fa3"](tuple(positional), arguments)
+    by_name = NORMALISE["fa3"]((), arguments | dict(zip(order, positional, strict=True)))
+    for field in fields(Call):
+        if field.name != "others":
+            assert getattr(by_position, field.name) is getattr(by_name, field.name) or field.name == "softmax_scale"
+    assert by_position.others == by_name.others
+
+
+def test_malformed_calls_are_upstreams_to_refuse() -> None:
+    arguments = kvcache_call()
+    twice = NORMALISE["fa3"]((arguments["q"],), arguments)
+    too_many = NORMALISE["fa3"](tuple(range(40)), {})
+    assert supports(twice) == supports(too_many) == (False, "arguments upstream does not take")
+    assert decided(NORMALISE["fa3"]((), {})) == "a required argument is missing"
+
+
+def test_every_parameter_of_every_interface_has_a_rule() -> None:
+    """No parameter that upstream has today is unknown: each is a role, accepted, or covered at some values."""
+    for normalise in NORMALISE.values():
+        known = {*normalise.interface.roles.values(), *decision.ACCEPTED, *decision.NEUTRAL}
+        assert set(normalise.positional) <= known
+
+
+def test_rules_choose() -> None:
+    one = call(cache_seqlens=20)
+    assert choose(one) == (True, decision.SUPPORTED)
+    seen = []
+    losing = Rule("slower here", lambda *facts: seen.append(facts) or facts[0] <= 16)
+    assert choose(one, (losing,)) == (False, "slower here")
+    assert seen == [(16, 2, 20, 132)]
+    assert choose(call(heads=32), (losing,))[0]
+
+
+def test_length_bounds_come_from_the_host() -> None:
+    assert call().length_bound == 32
+    assert call(cache_seqlens=7).length_bound == 7
+    assert NORMALISE["vllm"]((), vllm_call()).length_bound == 40
+    assert NORMALISE["vllm"]((), vllm_call() | {"max_seqlen_k": 10**6}).length_bound == 48
+
+
+def test_memory_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decider, "CAPACITY", 3)
+    decide = Decider()
+    for pages in range(4, 14):
+        assert decide(call(pages=pages, cache_seqlens=0)) is None
+        assert len(decide._seen) <= 3
+    assert decide(call(cache_seqlens=32)) is None
+    assert decide(call(cache_seqlens=33)) == "cache_seqlens exceeds the cache"  # same shapes
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 16, 64, 65, 128, 512])
+DTYPES = st.sampled_from([BF16, BF16, BF16, torch.float16, torch.float32, I32, torch.float8_e4m3fn])
+
+
+@st.composite
+def tensors(draw: st.DrawFn, *shape: int, dtype: torch.dtype = BF16) -> Any:
+    """Usually as asked, sometimes not; on the meta device."""
+    sizes = [draw(SIZES) if draw(st.integers(0, 30)) == 0 else n for n in shape]
+    if draw(st.integers(0, 30)) == 0:
+        sizes = sizes[1:]
+    if draw(st.integers(0, 20)) == 0:
+        return draw(st.sampled_from([None, 3, 1.5, "x"]))
+    made = torch.empty(sizes, dtype=draw(DTYPES) if draw(st.integers(0, 20)) == 0 else dtype, device="meta")
+    return made.transpose(-1, -2) if made.dim() > 1 and draw(st.integers(0, 20)) == 0 else made
+
+
+@st.composite
+def any_call(draw: st.DrawFn) -> Call:
+    batch, sq, heads = draw(st.integers(0, 3)), draw(st.integers(0, 3)), draw(st.sampled_from([1, 5, 16, 64, 128]))
+    ragged, paged = draw(st.booleans()), draw(st.booleans())
+    q = (batch * sq, heads) if ragged else (batch, sq, heads)
+    cache = (9, 4, 1) if paged else (batch, 36, 1)
+    made = Call(
+        draw(tensors(*q, 64)), draw(tensors(*q, 512)), draw(tensors(*cache, 64)), draw(tensors(*cache, 512)),
+        draw(tensors(batch, 9, dtype=I32)) if paged else None,
+        draw(st.one_of(tensors(batch, dtype=I32), st.integers(-1, 40), st.just(None))),
+        draw(tensors(batch + 1, dtype=I32)) if ragged else None,
+        draw(st.one_of(st.none(), st.integers(0, 4), st.just("x"))) if draw(st.booleans()) else sq,
+        draw(st.sampled_from([0.1, 0.1, 1, 0, -1.0, None, float("nan"), float("inf")])),
+        out=draw(st.one_of(st.none(), st.none(), tensors(*q, 512))),
+        machine=HOPPER,
+    )  # fmt: skip
+    return made
+
+
+@settings(max_examples=400, deadline=None)
+@given(any_call())
+def test_the_operator_takes_whatever_is_supported(one: Call) -> None:
+    """`supports` never raises, and what it lets through passes the operator's own checks, arguments as passed on."""
+    if decided(one, Limits(512)) == decision.SUPPORTED:
+        ops._check_arguments(
+            one.q_nope, one.q_rope, one.v_cache.squeeze(2), one.k_cache.squeeze(2), one.page_table, one.cache_seqlens,
+            one.cu_seqlens_q, one.max_seqlen_q if one.cu_seqlens_q is not None else None, one.softmax_scale,
+            bool(one.causal), one.out, bool(one.return_lse), None, None,
+        )  # fmt: skip
