@@ -89,7 +89,7 @@ _left_alone: list[str] = []
 
 def enable(
     *targets: str,
-    max_rows: int = 64,
+    max_rows: int = 32,
     strict: bool | None = None,
     operator: Callable[..., Any] | None = None,
     machine: Callable[[torch.device], Machine] | None = None,
@@ -138,7 +138,7 @@ def disable(*targets: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def patched(
     *targets: str,
-    max_rows: int = 64,
+    max_rows: int = 32,
     strict: bool | None = None,
     operator: Callable[..., Any] | None = None,
     machine: Callable[[torch.device], Machine] | None = None,

@@ -29,7 +29,7 @@ NOT_MLA = "qv is not given: no MLA call"
 class Limits:
     """max_rows: calls with more query rows (tokens of the longest request times heads) are left to upstream."""
 
-    max_rows: int = 64
+    max_rows: int = 32
 
     def __post_init__(self) -> None:
         if type(self.max_rows) is not int or self.max_rows < 1:

@@ -26,7 +26,7 @@ class FallbackError(RuntimeError):
 class Options:
     """What `enable` and `patched` take beside targets. `operator` and `machine` None: the real ones."""
 
-    max_rows: int = 64
+    max_rows: int = 32
     strict: bool = False
     operator: Callable[..., Any] | None = None
     machine: Callable[[torch.device], Machine] | None = None
