@@ -8,9 +8,10 @@
 
 namespace etap {
 
-// Lets the kernel use its shared memory, once per device.
+// Lets the kernel use its shared memory, once per device. `static`, or the loader would share `ready` between the
+// operator library and a patched upstream in one process, each of which has a kernel of its own.
 template <class T, class Cfg>
-cudaError_t allow_shared() {
+static cudaError_t allow_shared() {
   static std::atomic<uint64_t> ready{0};  // one bit a device
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
