@@ -1,6 +1,6 @@
 // Merge of partial results inside the launch: every CTA that holds a part of some rows merges an equal slice of them.
 // The workspace words validate themselves: they hold kUnwritten until a result is stored, a reader polls until it is
-// there, and puts kUnwritten back. (A fence and a flag instead cost a microsecond more.) All CTAs are resident
+// there, and puts kUnwritten back. (A fence and a flag instead measured slower.) All CTAs are resident
 // (the launch is cooperative), so the wait ends.
 #pragma once
 
@@ -30,7 +30,6 @@ ETAP_DEVICE void read_statistics(MlaDecodeParams const& p, PieceInfo const& piec
     for (int k = 0; k < kBatch; ++k) {
       int const i = min(base + k * kStep, last);
       for (int tries = 0; !written(v[k]); ++tries) {
-        // CTAs that are still at work need the memory system: polling without a pause cost 20% at 64K keys.
         if (tries > 4) __nanosleep(200);
         v[k] = load_relaxed(partial_stats<Cfg>(p, piece.slot(i)) + r);
       }
