@@ -32,15 +32,11 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
                                               int num_ctas) {
   if (num_ctas < 1) throw pybind11::value_error("num_ctas must be at least 1");
   auto const work = request_work(lengths, q_lens, heads, row_tile);
-  int tiles = 0, longest = 0, virtual_requests = 0;
-  for (auto const& w : work) {
-    tiles += w.tiles * w.row_tiles;
-    longest = etap::max_int(longest, w.row_tiles ? w.tiles : 0);
-    virtual_requests += w.tiles ? w.row_tiles : 0;
-  }
-  etap::Plan const plan = etap::make_plan(tiles, longest, virtual_requests, num_ctas, [&](int share) {
+  etap::WorkTotals totals;
+  for (auto const& w : work) totals.add(w);
+  etap::Plan const plan = etap::make_plan(totals, num_ctas, [&](int share) {
     int ctas = 0;
-    for (auto const& w : work) ctas += etap::quotient_up(w.tiles, share) * w.row_tiles;
+    for (auto const& w : work) ctas += etap::aligned_ctas(w, share);
     return ctas;
   });
   std::vector<std::vector<PieceTuple>> result(num_ctas);

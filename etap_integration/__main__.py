@@ -13,7 +13,6 @@ import sys
 import torch
 
 from etap_integration import _library, numerics
-from etap_integration.ops import mla_decode  # noqa: F401  (loads the library, so that build_info can tell)
 
 
 def print_build() -> bool:

@@ -16,7 +16,6 @@ constexpr int kConsumerThreads = kConsumerGroups * 128;
 constexpr int kThreads = kConsumerThreads + 128;    // and one producer warpgroup
 constexpr int kMaxSharedBytes = 227 * 1024;         // what sm_90 lets one block opt in to
 constexpr int kMaxRing = 24;
-constexpr int kMaxRowTile = 32;
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
 // More rows than 32 loop over row tiles: a warpgroup's registers hold O^T (512 x 32 fp32), and no more.

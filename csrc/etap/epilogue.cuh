@@ -3,7 +3,7 @@
 #pragma once
 
 #include "consumer.cuh"
-#include "producer.cuh"
+#include "plan.cuh"
 
 namespace etap {
 
@@ -141,7 +141,7 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
   }
 }
 
-// Up to 32 rows: each warpgroup gives the other its half of O^T's chunks and adds what it is given to its own.
+// Each warpgroup gives the other its half of O^T's chunks and adds what it is given to its own.
 template <int kGroup, class Cfg>
 ETAP_DEVICE void exchange_halves(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent,
                                  float const (&weight)[Cfg::kRowTile / 4], float (&result)[4][Cfg::kRowTile / 2]) {
@@ -154,8 +154,7 @@ ETAP_DEVICE void exchange_halves(SharedStorage<Cfg>& smem, ConsumerState<Cfg> co
     return reinterpret_cast<float4*>(smem.ring[lent.ahead(group * kHalf + q / 4).slot]) + (q % 4) * 128 + thread;
   };
   for (int i = 0; i < Cfg::kExchangeChunks; ++i) {
-    auto at = lent;
-    for (int k = 0; k < i; ++k) at.advance();
+    auto const at = lent.ahead(i);
     smem.control.full[at.slot].wait(at.parity);
   }
 #pragma unroll

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "merge.cuh"
+#include "producer.cuh"
 
 namespace etap {
 

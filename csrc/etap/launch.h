@@ -19,7 +19,7 @@ struct LaunchConfig {
 };
 
 // The smallest row tile that holds `rows`, or the largest there is.
-constexpr int row_tile_for(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
+constexpr int row_tile_for(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
 
 // Keys per TMA box for this cache, or 0 if it must be gathered.
 int tma_box_rows(MlaDecodeParams const& params);

@@ -88,24 +88,16 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   // Up to 32 requests, each lane keeps the one request it ever asks for.
   RequestWork const own = lane < p.batch ? request_work<Cfg>(p, lane) : RequestWork{0, 0};
   auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
-  int tiles = 0, longest = 0, virtual_requests = 0;
+  WorkTotals totals;
   ETAP_ROLLED
-  for (int b = lane; b < p.batch; b += 32) {
-    RequestWork const w = work_of(b);
-    tiles += w.tiles * w.row_tiles;
-    longest = max(longest, w.row_tiles ? w.tiles : 0);
-    virtual_requests += w.tiles ? w.row_tiles : 0;
-  }
-  tiles = warp_sum(tiles);
-  longest = __reduce_max_sync(~0u, longest);
-  virtual_requests = warp_sum(virtual_requests);
-  Plan const plan = make_plan(tiles, longest, virtual_requests, gridDim.x, [&](int share) {
+  for (int b = lane; b < p.batch; b += 32) totals.add(work_of(b));
+  totals.tiles = warp_sum(totals.tiles);
+  totals.longest = __reduce_max_sync(~0u, totals.longest);
+  totals.virtual_requests = warp_sum(totals.virtual_requests);
+  Plan const plan = make_plan(totals, gridDim.x, [&](int share) {
     int sum = 0;
     ETAP_ROLLED
-    for (int b = lane; b < p.batch; b += 32) {
-      RequestWork const w = work_of(b);
-      sum += quotient_up(w.tiles, share) * w.row_tiles;
-    }
+    for (int b = lane; b < p.batch; b += 32) sum += aligned_ctas(work_of(b), share);
     return warp_sum(sum);
   });
   int const cta = blockIdx.x;

@@ -52,6 +52,22 @@ struct RequestWork {
   int tiles, row_tiles;
 };
 
+// Sums over the requests, from which the plan follows.
+struct WorkTotals {
+  int tiles = 0;             // over all virtual requests
+  int longest = 0;           // most tiles of one
+  int virtual_requests = 0;  // that have tiles
+
+  ETAP_HD void add(RequestWork w) {
+    tiles += w.tiles * w.row_tiles;
+    longest = max_int(longest, w.row_tiles ? w.tiles : 0);
+    virtual_requests += w.tiles ? w.row_tiles : 0;
+  }
+};
+
+// CTAs that a request needs under the aligned cut.
+ETAP_HD int aligned_ctas(RequestWork w, int share) { return quotient_up(w.tiles, share) * w.row_tiles; }
+
 struct Plan {
   int total_tiles;  // over all virtual requests
   int num_ctas;     // CTAs that take part
@@ -71,23 +87,23 @@ struct Piece {
   ETAP_HD int slot(int i) const { return i == 0 ? first_slot : 2 * (first_cta + i); }
 };
 
-// ctas_for(share): CTAs that the aligned cut needs. It may be a warp-wide reduction: every lane calls it alike.
+// ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike.
 template <class CtasFor>
-ETAP_HD Plan make_plan(int total_tiles, int max_tiles, int virtual_requests, int grid, CtasFor&& ctas_for) {
+ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, CtasFor&& ctas_for) {
   Plan plan;
-  plan.total_tiles = total_tiles;
-  plan.num_ctas = min_int(grid, total_tiles);
+  plan.total_tiles = totals.tiles;
+  plan.num_ctas = min_int(grid, totals.tiles);
   plan.share = 0;
-  if (total_tiles == 0) return plan;
-  if (virtual_requests <= grid) {
-    int const ideal = quotient_up(total_tiles, grid);
+  if (totals.tiles == 0) return plan;
+  if (totals.virtual_requests <= grid) {
+    int const ideal = quotient_up(totals.tiles, grid);
     int const limit = ideal + max_int(1, ideal / 8);
     // Try the ideal share, then the one that gives every virtual request the same CTAs (always feasible, if it is
     // about as good), then half way to the limit.
     ETAP_ROLLED
     for (int step = 0; step < 3; ++step) {
       int share = ideal;
-      if (step == 1) share = min_int(quotient_up(max_tiles, quotient(grid, virtual_requests)), limit);
+      if (step == 1) share = min_int(quotient_up(totals.longest, quotient(grid, totals.virtual_requests)), limit);
       if (step == 2) share = ideal + (limit - ideal) / 2;
       int const needed = ctas_for(share);
       if (needed <= grid) {
@@ -97,14 +113,14 @@ ETAP_HD Plan make_plan(int total_tiles, int max_tiles, int virtual_requests, int
       }
     }
   }
-  plan.flat = EvenCut(total_tiles, plan.num_ctas);
+  plan.flat = EvenCut(totals.tiles, plan.num_ctas);
   return plan;
 }
 
 // Quantity whose running sum over requests locates a CTA's first one, and the sum at which the CTA starts: tiles
 // (flat) or CTAs (aligned).
 ETAP_HD int plan_weight(Plan const& plan, RequestWork w) {
-  return (plan.share ? quotient_up(w.tiles, plan.share) : w.tiles) * w.row_tiles;
+  return plan.share ? aligned_ctas(w, plan.share) : w.tiles * w.row_tiles;
 }
 ETAP_HD int plan_target(Plan const& plan, int cta) { return plan.share ? cta : plan.flat.begin(cta); }
 

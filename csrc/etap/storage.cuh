@@ -15,22 +15,17 @@ struct RingPosition {
 
   // The position of the n-th chunk since launch.
   static ETAP_DEVICE RingPosition at(uint32_t n) { return {n % Cfg::kRing, (n / Cfg::kRing) & 1}; }
-  ETAP_DEVICE void advance() {
-    if (++slot == Cfg::kRing) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-  ETAP_DEVICE void advance(uint32_t n) {  // n < kRing
+  ETAP_DEVICE void advance(uint32_t n = 1) {  // n < kRing
     slot += n;
     if (slot >= Cfg::kRing) {
       slot -= Cfg::kRing;
       parity ^= 1;
     }
   }
-  ETAP_DEVICE RingPosition ahead(uint32_t n) const {  // n < kRing; the parity is not kept
-    uint32_t const s = slot + n;
-    return {s < Cfg::kRing ? s : s - Cfg::kRing, parity};
+  ETAP_DEVICE RingPosition ahead(uint32_t n) const {
+    RingPosition to = *this;
+    to.advance(n);
+    return to;
   }
 };
 

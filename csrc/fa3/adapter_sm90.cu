@@ -81,7 +81,7 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   params.page_divmod = cutlass::FastDivmod(params.page_size);
   LaunchConfig config;
   config.dtype = call.is_bf16 ? Dtype::kBf16 : Dtype::kFp16;
-  config.row_tile = row_tile_for(static_cast<int>(std::min<int64_t>(int64_t(params.num_heads) * params.q_len, 64)));
+  config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
   config.num_ctas = std::min(call.num_sm, kMaxCtas);
   void* workspace = nullptr;

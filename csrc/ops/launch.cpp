@@ -68,6 +68,8 @@ bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaD
          (p.num_pages == 1 || fits(page_stride));
 }
 
+size_t partial_floats(LaunchConfig const& config) { return 2 * size_t(config.num_ctas) * config.row_tile * kLatentDim; }
+
 }  // namespace
 
 int tma_box_rows(MlaDecodeParams const& p) {
@@ -79,10 +81,6 @@ int tma_box_rows(MlaDecodeParams const& p) {
   int const rows = std::min(p.page_size & -p.page_size, kTileKeys);  // power of two that divides the page size
   return rows >= 8 ? rows : 0;
 }
-
-namespace {
-size_t partial_floats(LaunchConfig const& config) { return 2 * size_t(config.num_ctas) * config.row_tile * kLatentDim; }
-}  // namespace
 
 size_t workspace_bytes(LaunchConfig const& config) {
   size_t const stats = 2 * size_t(config.num_ctas) * config.row_tile * 2;

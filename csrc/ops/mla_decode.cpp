@@ -139,8 +139,7 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
 
   LaunchConfig config;
   config.dtype = q_nope.scalar_type() == at::kBFloat16 ? Dtype::kBf16 : Dtype::kFp16;
-  int64_t const rows = max_seqlen_q * params.num_heads;
-  config.row_tile = row_tile_for(static_cast<int>(std::min<int64_t>(rows, kMaxRowTile)));
+  config.row_tile = row_tile_for(max_seqlen_q * params.num_heads);
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
   config.num_ctas = num_ctas == 0 ? sms : static_cast<int>(std::min<int64_t>(num_ctas, sms));

@@ -23,7 +23,7 @@ import torch
 
 from etap_integration.dispatch.bindings import Replacement
 from etap_integration.dispatch.calls import Call, Machine, UnknownSignature
-from etap_integration.dispatch.decision import Limits, choose, supports
+from etap_integration.dispatch.decision import DEFAULT_MAX_ROWS, Limits, choose, supports
 from etap_integration.dispatch.routing import TALLY, Engine, FallbackError, Options, Route, log
 from etap_integration.dispatch.targets import TARGETS, Target, TargetError
 
@@ -89,7 +89,7 @@ _left_alone: list[str] = []
 
 def enable(
     *targets: str,
-    max_rows: int = 32,
+    max_rows: int = DEFAULT_MAX_ROWS,
     strict: bool | None = None,
     operator: Callable[..., Any] | None = None,
     machine: Callable[[torch.device], Machine] | None = None,
@@ -138,7 +138,7 @@ def disable(*targets: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def patched(
     *targets: str,
-    max_rows: int = 32,
+    max_rows: int = DEFAULT_MAX_ROWS,
     strict: bool | None = None,
     operator: Callable[..., Any] | None = None,
     machine: Callable[[torch.device], Machine] | None = None,

@@ -21,6 +21,7 @@ from etap_integration.dispatch.calls import Call
 
 D_ROPE, D_LATENT = 64, 512
 MAX_HEADS = 128  # what the operator takes
+DEFAULT_MAX_ROWS = 32  # beyond, the kernel reads the cache more than once; 64 rows lost to FlashAttention-3
 SUPPORTED = "supported"
 NOT_MLA = "qv is not given: no MLA call"
 
@@ -29,7 +30,7 @@ NOT_MLA = "qv is not given: no MLA call"
 class Limits:
     """max_rows: calls with more query rows (tokens of the longest request times heads) are left to upstream."""
 
-    max_rows: int = 32
+    max_rows: int = DEFAULT_MAX_ROWS
 
     def __post_init__(self) -> None:
         if type(self.max_rows) is not int or self.max_rows < 1:
@@ -256,12 +257,17 @@ def _static_key(call: Call) -> tuple[Any, ...]:
 
 def supports(call: Call, limits: Limits = DEFAULT_LIMITS) -> tuple[bool, str]:
     """Whether the operator computes `call` as upstream would. (True, "supported") or (False, the reason)."""
-    if call.malformed is not None:
-        return False, call.malformed
-    if call.q_nope is None:
-        return False, NOT_MLA
-    reason = _keyword_reason(call) or _static_reason(call, limits) or _value_reason(call)
+    reason = _reason(call, lambda call: _static_reason(call, limits))
     return reason is None, reason or SUPPORTED
+
+
+def _reason(call: Call, static_reason: Callable[[Call], str | None]) -> str | None:
+    """Why the operator cannot compute `call`, or None. static_reason: `_static_reason`, remembered or not."""
+    if call.malformed is not None:
+        return call.malformed
+    if call.q_nope is None:
+        return NOT_MLA
+    return _keyword_reason(call) or static_reason(call) or _value_reason(call)
 
 
 @dataclass(frozen=True)
@@ -272,8 +278,8 @@ class Rule:
     upstream_wins: Callable[[int, int, int, int], bool]
 
 
-# Filled from measurements of the operator against an unpatched upstream, one rule a region. Empty: nothing was measured
-# that speaks against a call that `supports` lets through.
+# Filled from measurements of the operator against an unpatched upstream, one rule a region. Empty: up to the default
+# `max_rows`, nothing was measured that speaks against a call that `supports` lets through.
 MEASURED_RULES: tuple[Rule, ...] = ()
 
 
@@ -300,11 +306,7 @@ class Decider:
 
     def __call__(self, call: Call) -> str | None:
         """None: run it on ETAP. Otherwise the reason why not."""
-        if call.malformed is not None:
-            return call.malformed
-        if call.q_nope is None:
-            return NOT_MLA
-        reason = _keyword_reason(call) or self._static(call) or _value_reason(call)
+        reason = _reason(call, self._static)
         if reason is not None:
             return reason
         ours, why = choose(call)

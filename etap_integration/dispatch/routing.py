@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from etap_integration.dispatch.calls import Call, Interface, Machine, Normaliser, machine_of
-from etap_integration.dispatch.decision import NOT_MLA, Decider, Limits, neutral
+from etap_integration.dispatch.decision import DEFAULT_MAX_ROWS, NOT_MLA, Decider, Limits, neutral
 
 log = logging.getLogger("etap_integration.dispatch")
 
@@ -26,7 +26,7 @@ class FallbackError(RuntimeError):
 class Options:
     """What `enable` and `patched` take beside targets. `operator` and `machine` None: the real ones."""
 
-    max_rows: int = 32
+    max_rows: int = DEFAULT_MAX_ROWS
     strict: bool = False
     operator: Callable[..., Any] | None = None
     machine: Callable[[torch.device], Machine] | None = None
