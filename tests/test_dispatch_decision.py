@@ -35,12 +35,13 @@ def call(**changes: Any) -> Call:
 
 
 def decided(one: Call, limits: Limits | None = None) -> str:
-    """The reason by `supports`, which `Decider` must share, the first time and from memory."""
+    """The reason by `supports`, which `Decider` must share, with what `choose` adds, the first time and from memory."""
     limits = limits or Limits()
     ok, reason = supports(one, limits)
     assert ok == (reason == decision.SUPPORTED)
     decide = Decider(limits)
-    assert decide(one) == decide(one) == (None if ok else reason)
+    ours, why = choose(one) if ok else (False, reason)
+    assert decide(one) == decide(one) == (None if ours else why)
     return reason
 
 
