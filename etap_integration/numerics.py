@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -310,8 +311,12 @@ def draw(
     return q[..., :D_LATENT], q[..., D_LATENT:], kv[..., :D_LATENT], kv[..., D_LATENT:], None, length
 
 
-def main() -> None:
-    """Prints RMSE and largest error of every model against fp64 on the CPU."""
+def survey() -> list[dict[str, Any]]:
+    """RMSE and largest error of every model against fp64, on the CPU: one dict for each problem and model.
+
+    Keys: dtype, batch, kv_len, heads, model, and `rounded` and `float32`: (RMSE, largest error) with the output in the
+    input's dtype and in float32.
+    """
     models: dict[str, tuple[Callable, dict]] = {
         "query-major, 16-bit P": (query_major_model, {}),
         "query-major, 4 splits merged in 16 bits": (query_major_model, {"num_parts": 4, "partial_dtype": None}),
@@ -319,16 +324,32 @@ def main() -> None:
         "ETAP, P in two 16-bit parts": (etap_model, {}),
         "ETAP, P in two 16-bit parts, 4 CTAs": (etap_model, {"num_parts": 4}),
     }
+    found = []
     for dtype, length in ((torch.bfloat16, 1000), (torch.bfloat16, 4096), (torch.float16, 4096)):
         problem = draw(2, length, 16, dtype=dtype)
         exact = reference(*problem)[0]
-        print(
-            f"{str(dtype).removeprefix('torch.')}, batch 2, {length} keys, 16 heads: error against fp64, RMSE (largest)"
-        )
+        shape = {"dtype": str(dtype).removeprefix("torch."), "batch": 2, "kv_len": length, "heads": 16}
         for name, (model, options) in models.items():
-            narrow, wide = (error(model(*problem, **options, out_dtype=d)[0], exact) for d in (dtype, torch.float32))
-            columns = [f"{kind} {e[0]:.2e} ({e[1]:.1e})" for kind, e in (("16-bit", narrow), ("float32", wide))]
-            print(f"  {name:42} {columns[0]}   {columns[1]}")
+            rounded, wide = (error(model(*problem, **options, out_dtype=d)[0], exact) for d in (dtype, torch.float32))
+            found.append({**shape, "model": name, "rounded": rounded, "float32": wide})
+    return found
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Prints what `survey` returned."""
+    title = None
+    for one in found:
+        newer = "{dtype}, batch {batch}, {kv_len} keys, {heads} heads: error against fp64, RMSE (largest)".format(**one)
+        if newer != title:
+            print(title := newer)
+        errors = (("16-bit", one["rounded"]), ("float32", one["float32"]))
+        columns = [f"{kind} {e[0]:.2e} ({e[1]:.1e})" for kind, e in errors]
+        print(f"  {one['model']:42} {columns[0]}   {columns[1]}")
+
+
+def main() -> None:
+    """Prints RMSE and largest error of every model against fp64 on the CPU."""
+    show(survey())
 
 
 if __name__ == "__main__":

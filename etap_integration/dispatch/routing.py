@@ -69,6 +69,9 @@ class Tally:
 
 TALLY = Tally()
 
+# Takes the calls that would run on ETAP instead: (route, engine, call, args, kwargs) -> result. Shadow mode's session.
+observer: Callable[..., Any] | None = None
+
 
 class Engine:
     """Options made ready for the calls of one function."""
@@ -131,6 +134,8 @@ def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
         call = engine.normalise(args, kwargs)
         reason = engine.decide(call)
         if reason is None:
+            if observer is not None:
+                return observer(route, engine, call, args, kwargs)
             dispatched()
             return engine.run(call)
         fell_back(reason)

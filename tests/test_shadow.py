@@ -1,0 +1,287 @@
+"""Shadow mode: what the caller sees never changes, whatever the other implementation does. Stub engines, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dispatch_fixtures import (
+    FA3,
+    SGL,
+    VLLM,
+    Recorder,
+    clean_modules,
+    engine,
+    hopper,
+    kvcache_call,
+    sglang_call,
+    stub,
+    vllm_call,
+)
+
+import etap_integration
+from etap_integration import numerics, shadowing
+from etap_integration.dispatch import disable, reset_counts, routing, status
+
+NOISE = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    with clean_modules():
+        reset_counts()
+        yield
+        disable()
+    assert routing.observer is None
+
+
+def computing(name: str, function: str, qv: str, k: str, v: str, table: str, lengths: str) -> Any:
+    """A stub engine whose function computes the attention in fp64, plus a known error."""
+    module = engine(name)
+    original = getattr(module, function)
+
+    def compute(arguments: dict[str, Any]) -> Any:
+        a = arguments
+        out, lse = numerics.reference(
+            a[qv], a["q"], a[v][:, :, 0], a[k][:, :, 0], a[table], a[lengths], cu_seqlens_q=a["cu_seqlens_q"],
+            softmax_scale=a["softmax_scale"], causal=a["causal"],
+        )  # fmt: skip
+        out = (out + NOISE).to(a["q"].dtype)
+        if a.get("out") is not None:
+            out = a["out"].copy_(out)
+        return (out, lse.float()) if a["return_softmax_lse"] else out
+
+    class Calls(list):
+        def append(self, item: Any) -> None:
+            super().append(item)
+            scope["answer"] = compute(item)
+
+    scope = original.__globals__
+    source = f"def {function}{original_signature(original)}:\n    calls.append(dict(locals()))\n    return answer\n"
+    scope["calls"] = Calls()
+    exec(source, scope)
+    module.__dict__[function] = scope[function]
+    scope[function].calls = scope["calls"]
+    return module
+
+
+def original_signature(function: Any) -> str:
+    import inspect
+
+    return str(inspect.signature(function))
+
+
+def vllm_engine() -> Any:
+    return computing(VLLM, "flash_attn_varlen_func", "q_v", "k", "v", "block_table", "seqused_k")
+
+
+def idle_engine() -> Any:
+    """SGLang's function, returning zeros."""
+    module = engine(SGL)
+    scope = module.flash_attn_with_kvcache.__globals__
+    source = f"def f{original_signature(module.flash_attn_with_kvcache)}: return 0 * qv"
+    exec(source, scope)
+    module.flash_attn_with_kvcache = scope["f"]
+    return module
+
+
+def ones(q_nope: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.ones_like(q_nope)
+
+
+def sgl_engine() -> Any:
+    names = ("qv", "k_cache", "v_cache", "page_table", "cache_seqlens")
+    return computing(SGL, "flash_attn_with_kvcache", *names)
+
+
+@pytest.mark.parametrize("serve", ["upstream", "etap"])
+def test_both_run_and_the_caller_gets_the_one_that_serves(serve: str) -> None:
+    vllm, operator = vllm_engine(), Recorder(compute=True)
+    one = vllm_call()
+    plain = vllm.flash_attn_varlen_func(**one)
+    with etap_integration.shadow(VLLM, fraction=1.0, serve=serve, operator=operator, machine=hopper) as session:
+        results = [vllm.flash_attn_varlen_func(**one) for _ in range(4)]
+        found = session.summary()
+    exact = numerics.reference(
+        one["q_v"], one["q"], one["v"][:, :, 0], one["k"][:, :, 0], one["block_table"], one["seqused_k"],
+        cu_seqlens_q=one["cu_seqlens_q"], softmax_scale=one["softmax_scale"], causal=True,
+    )[0].to(one["q"].dtype)  # fmt: skip
+    for out, lse in results:
+        assert torch.equal(out, plain[0] if serve == "upstream" else exact)
+        assert torch.equal(lse, plain[1])
+    assert (found.seen, found.compared, found.failed) == (4, 4, {})
+    assert found.max_error is not None and 0 < found.max_error < 0.02  # NOISE, rounded to bfloat16
+    assert found.worst_relative_rmse is not None and found.worst_relative_rmse > 0
+    assert found.upstream_us is not None and found.etap_us is not None and found.not_finite == 0
+    assert len(operator.calls) == 4
+    assert status().etap_calls == (4 if serve == "etap" else 0)
+    assert "4 of 4 calls compared" in str(found)
+
+
+@pytest.mark.parametrize("serve", ["upstream", "etap"])
+def test_the_callers_output_buffer_is_written_by_the_server_alone(serve: str) -> None:
+    vllm = vllm_engine()
+    one = vllm_call()
+    one["out"] = torch.empty_like(one["q_v"])
+    plain = vllm.flash_attn_varlen_func(**one)[0].clone()
+    with etap_integration.shadow(
+        VLLM, fraction=1.0, serve=serve, operator=Recorder(compute=True), machine=hopper
+    ) as session:
+        for _ in range(2):  # either one first
+            one["out"].fill_(-1)
+            out, _ = vllm.flash_attn_varlen_func(**one)
+            assert out is one["out"]
+            assert torch.equal(out, plain) == (serve == "upstream")
+    assert session.summary().compared == 2
+
+
+def test_what_the_other_one_raises_is_swallowed_and_counted() -> None:
+    sgl, one = idle_engine(), sglang_call()
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    plain = sgl.flash_attn_with_kvcache(**one)
+    with etap_integration.shadow(SGL, fraction=1.0, operator=broken, machine=hopper) as session:
+        for _ in range(3):
+            assert torch.equal(sgl.flash_attn_with_kvcache(**one), plain)
+    found = session.summary()
+    assert found.compared == 0 and found.failed == {"RuntimeError: no kernel image": 3}
+    assert "FAILED: 3" in str(found)
+
+
+def test_a_result_of_another_shape_or_kind_is_a_failure_not_a_crash() -> None:
+    sgl, one = idle_engine(), sglang_call()
+    for answer in ("no tensor", torch.zeros(3)):
+        with etap_integration.shadow(
+            SGL, fraction=1.0, operator=lambda *a, answer=answer, **k: answer, machine=hopper
+        ) as session:
+            assert isinstance(sgl.flash_attn_with_kvcache(**one), torch.Tensor)
+        assert sum(session.summary().failed.values()) == 1
+
+
+def test_what_the_server_raises_is_the_callers() -> None:
+    fa3 = engine(FA3)
+    fa3.flash_attn_with_kvcache.__globals__["calls"] = None  # append raises
+    with (
+        etap_integration.shadow(FA3, fraction=1.0, operator=Recorder(), machine=hopper),
+        pytest.raises(AttributeError),
+    ):
+        fa3.flash_attn_with_kvcache(**kvcache_call())
+
+
+def test_the_fraction_is_kept_and_global_random_states_are_not_touched() -> None:
+    sgl, one = idle_engine(), sglang_call()
+    state = torch.get_rng_state()
+    with etap_integration.shadow(SGL, fraction=0.25, seed=1, operator=ones, machine=hopper) as session:
+        for _ in range(200):
+            sgl.flash_attn_with_kvcache(**one)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = session.summary()
+    assert found.seen == 200 and 25 <= found.compared <= 75 and found.max_error == 1
+    with etap_integration.shadow(SGL, fraction=0, operator=ones, machine=hopper) as session:
+        sgl.flash_attn_with_kvcache(**one)
+    assert session.summary().compared == 0
+
+
+def test_calls_etap_does_not_support_never_reach_the_session() -> None:
+    sgl = sgl_engine()
+    with etap_integration.shadow(SGL, fraction=1.0, operator=Recorder(), machine=hopper) as session:
+        sgl.flash_attn_with_kvcache(**sglang_call(), window_size=(4, 4))
+        assert session.summary().seen == 0
+    assert status().fallbacks == {"window_size": 1}
+
+
+def test_no_sampling_inside_a_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    sgl, operator = sgl_engine(), Recorder(compute=True)
+    monkeypatch.setattr(shadowing, "_capturing", lambda call: True)
+    with etap_integration.shadow(SGL, fraction=1.0, operator=operator, machine=hopper) as session:
+        sgl.flash_attn_with_kvcache(**sglang_call())
+    assert session.summary().skipped == {"inside a CUDA graph capture": 1} and operator.calls == []
+
+
+def test_rows_that_belong_to_no_request_do_not_count() -> None:
+    a = torch.zeros(4, 2, 8)
+    b = a.clone()
+    b[3] = float("nan")  # the batch ends after 3 tokens
+    b[0, 0, 0] = 0.5
+    square, _, largest, not_finite, count, _ = shadowing._figures(
+        (a, None), (b, None), torch.tensor([0, 1, 3])
+    ).tolist()
+    assert (square, largest, not_finite, count) == (0.25, 0.5, 0, 48)
+    _, _, _, not_finite, count, _ = shadowing._figures((a, None), (b, None), None).tolist()
+    assert (not_finite, count) == (16, 48)
+
+
+def test_records_hold_shapes_and_no_contents(tmp_path: Path) -> None:
+    sgl, one = sgl_engine(), sglang_call(q_lens=(2, 1, 2))
+    path = tmp_path / "calls.jsonl"
+    with etap_integration.shadow(
+        SGL, fraction=1.0, record=path, operator=Recorder(compute=True), machine=hopper
+    ) as session:
+        sgl.flash_attn_with_kvcache(**one)
+        sgl.flash_attn_with_kvcache(**one)
+        session.summary()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 2
+    assert {row["first"] for row in rows} == {"upstream", "etap"}
+    shape = {
+        "function": "sgl_kernel.flash_attn.flash_attn_with_kvcache", "served": "upstream", "batch": 3, "heads": 16,
+        "q_len": 2, "q_tokens": 5, "ragged": True, "page_size": 1, "capacity": 64, "kv_lens": [7, 10, 13],
+        "dtype": "bfloat16", "causal": True, "return_lse": False, "fused": True, "lse_max_error": None,
+    }  # fmt: skip
+    assert shape.items() <= rows[0].items()
+    text = path.read_text()
+    assert len(text) < 2000 and not any(f"{v:.4f}" in text for v in one["q"].float().flatten()[:50].tolist() if v)
+
+
+def test_threads() -> None:
+    sgl, one = idle_engine(), sglang_call()
+    with etap_integration.shadow(SGL, fraction=1.0, operator=ones, machine=hopper) as session:
+        threads = [
+            threading.Thread(target=lambda: [sgl.flash_attn_with_kvcache(**one) for _ in range(5)]) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = session.summary()
+    assert (found.seen, found.compared, found.failed) == (20, 20, {})
+
+
+def test_nested_sessions() -> None:
+    sgl, one = idle_engine(), sglang_call()
+    options = {"fraction": 1.0, "operator": ones, "machine": hopper}
+    with etap_integration.shadow(SGL, **options) as outer:
+        with etap_integration.shadow(SGL, **options) as inner:
+            sgl.flash_attn_with_kvcache(**one)
+        sgl.flash_attn_with_kvcache(**one)
+    assert (outer.summary().seen, inner.summary().seen) == (1, 1)
+    assert isinstance(sgl.flash_attn_with_kvcache(**one), torch.Tensor)
+    assert outer.summary().seen == 1
+
+
+def test_settings_from_the_environment() -> None:
+    assert shadowing.settings_from({}) is None and shadowing.settings_from({"ETAP_SHADOW": "0"}) is None
+    assert shadowing.settings_from({"ETAP_SHADOW": "0.5", "ETAP_SHADOW_SERVE": "etap", "ETAP_SHADOW_RECORD": "f"}) == {
+        "fraction": 0.5, "serve": "etap", "record": Path("f"),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="ETAP_SHADOW: 'x'"):
+        shadowing.settings_from({"ETAP_SHADOW": "x"})
+    with pytest.raises(ValueError, match=r"ETAP_SHADOW: '1\.5'"):
+        shadowing.settings_from({"ETAP_SHADOW": "1.5"})
+    with pytest.raises(ValueError, match="ETAP_SHADOW_SERVE: 'both'"):
+        shadowing.settings_from({"ETAP_SHADOW": "1", "ETAP_SHADOW_SERVE": "both"})
+
+
+def test_bad_arguments() -> None:
+    stub(SGL, flash_attn_with_kvcache=engine(SGL).flash_attn_with_kvcache)
+    with pytest.raises(ValueError, match=r"fraction: 2"), etap_integration.shadow(SGL, fraction=2):
+        pass
+    with pytest.raises(ValueError, match="serve: 'x'"), etap_integration.shadow(SGL, serve="x"):
+        pass
