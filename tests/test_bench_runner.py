@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from etap_integration.timing import Sample
 from tools.bench import providers, runner
 from tools.bench.grid import Cell
 from tools.bench.problem import Inputs, KvPool, Problem
 from tools.bench.providers import Errors, Provider, Target, disagreement
 from tools.bench.records import Stamp
 from tools.bench.runner import Check, Settings
-from tools.bench.timing import Sample
 
 STAMP = Stamp(run="r", gpu="g", driver="d", torch="t", commit=None, sources="s", command="c")
 PROBLEM = Problem(2, 100, heads=8, q_len=2)

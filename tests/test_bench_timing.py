@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tools.bench.timing import Budget, Sample, Timer, captured, quantile
+from etap_integration.timing import Budget, Sample, Timer, captured, quantile
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="times kernels on a GPU")]
 

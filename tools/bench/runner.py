@@ -14,7 +14,7 @@ from .grid import GRAPH, Cell, Grid
 from .problem import Inputs, KvPool
 from .providers import Errors, Etap, FlashAttention3, FlashInfer, Floor, Provider, Result, Target, disagreement
 from .records import Row, Stamp
-from .timing import Budget, Sample, Timer, captured
+from etap_integration.timing import Budget, Sample, Timer, captured
 
 VERIFIED_KV_LEN = 4096
 """Longest KV length whose errors are computed unless all are asked for."""
@@ -23,7 +23,7 @@ AGREEMENT = 0.05
 """Largest relative difference (RMS) between the outputs of two implementations; rounding alone stays near 0.01."""
 
 LATE = 0.25
-"""Share of late samples (see `tools.bench.timing`) above which a run says so."""
+"""Share of late samples (see `etap_integration.timing`) above which a run says so."""
 
 _RESERVED_BYTES = 8 << 30  # device memory kept for workspaces, the reference and everything else
 

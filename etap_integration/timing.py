@@ -1,8 +1,9 @@
-"""Cold-cache timing of several kernels side by side.
+"""Timing of several kernels side by side, with a cold or a warm L2 cache.
 
 A sample is the time between two CUDA events around one call, in microseconds: launch, every kernel of the call and
 the gaps between them. Before each call a kernel that overwrites a buffer larger than the L2 cache runs outside the
-timed span, so that the call finds none of its inputs cached; this is what `triton.testing.do_bench` does.
+timed span, so that the call finds none of its inputs cached; this is what `triton.testing.do_bench` does. With a warm
+cache that kernel is left out, and the call finds what its own last run left there.
 
 The calls of one problem take turns in rounds, A B C A B C, starting with another one each round: drifting clocks and
 memory refresh then touch all of them alike.
@@ -13,6 +14,7 @@ time of the host; such late samples are dropped where enough others remain, and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,6 +98,7 @@ class Timer:
     Args:
         budget: how long to time each call.
         flush_bytes: size of the buffer that is overwritten before each call; must exceed the L2 cache (H200: 60 MB).
+            0: it is not flushed, and calls find a warm cache.
     """
 
     # The device idles this many clock cycles (about 1 ms) at the start of a round, so that the host runs ahead of it
@@ -110,7 +113,8 @@ class Timer:
         spans = []
         for _ in range(samples):
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._flush_buffer.zero_()
+            if self._flush_buffer.numel():
+                self._flush_buffer.zero_()
             start.record()
             call()
             stop.record()
@@ -130,19 +134,48 @@ class Timer:
 
     def interleaved(self, calls: Mapping[str, Call]) -> dict[str, Sample]:
         """Times every call of `calls` in turns; returns a `Sample` under each name."""
+        return {
+            name: Sample.of([s.us for r in taken for s in r if not s.late], [s.us for r in taken for s in r if s.late])
+            for name, taken in self._rounds(calls).items()
+        }
+
+    def rounds(self, calls: Mapping[str, Call]) -> dict[str, list[list[float]]]:
+        """Times every call of `calls` in turns; under each name the samples of each round, in microseconds."""
+        return {name: [[s.us for s in turn] for turn in taken] for name, taken in self._rounds(calls).items()}
+
+    def _rounds(self, calls: Mapping[str, Call]) -> dict[str, list[list[_Span]]]:
         names = list(calls)
         per_round = {name: self.budget.samples_per_round(self._cost_us(calls[name])) for name in names}
-        spans: dict[str, list[_Span]] = {name: [] for name in names}
+        spans: dict[str, list[list[_Span]]] = {name: [] for name in names}
         for turn in range(self.budget.rounds):
             first = turn % len(names)
             torch.cuda._sleep(self._HEAD_START_CYCLES)
             for name in names[first:] + names[:first]:
-                spans[name] += self._enqueue(calls[name], per_round[name])
+                spans[name].append(self._enqueue(calls[name], per_round[name]))
             torch.cuda.synchronize()
-        return {
-            name: Sample.of([s.us for s in taken if not s.late], [s.us for s in taken if s.late])
-            for name, taken in spans.items()
-        }
+        return spans
+
+
+class HostTimer:
+    """Times calls that run on the host, by its clock: no GPU, no cache to flush. As `Timer.rounds`."""
+
+    def __init__(self, rounds: int = 8, samples: int = 3) -> None:
+        self._rounds, self._samples = rounds, samples
+
+    def rounds(self, calls: Mapping[str, Call]) -> dict[str, list[list[float]]]:
+        """Times every call of `calls` in turns; under each name the samples of each round, in microseconds."""
+        names = list(calls)
+        found: dict[str, list[list[float]]] = {name: [] for name in names}
+        for turn in range(self._rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                taken = []
+                for _ in range(self._samples):
+                    start = time.perf_counter_ns()
+                    calls[name]()
+                    taken.append((time.perf_counter_ns() - start) / 1e3)
+                found[name].append(taken)
+        return found
 
 
 def captured(call: Call) -> Call:
