@@ -204,3 +204,26 @@ def test_a_missing_package_is_named() -> None:
     code = "import sys; sys.modules['typer'] = None; from etap_integration.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 3 and "typer" in done.stderr and "Traceback" not in done.stderr
+
+
+@no_gpu
+def test_bench_without_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
+    done = shell("bench", "--emulate", "h20", "--no-build", ETAP_BENCH_DIR=str(tmp_path))
+    assert done.returncode == 3
+    assert "published, real H20" in done.stdout and "An **emulation**, not an H20" in done.stdout
+    assert "not built: libmb.so, libfi_d.so" in done.stderr and "measuring needs a Hopper GPU" in done.stderr
+    assert invoke("bench", "--emulate", "h100").exit_code == 1
+    assert invoke("bench", "--grid", "odd").exit_code == 1
+
+
+def test_report_writes_between_markers(tmp_path: Path) -> None:
+    document = tmp_path / "R.md"
+    document.write_text((ROOT / "README.md").read_text())
+    assert invoke("report", "--readme", str(document), "--no-plots").exit_code == 0
+    again = invoke("report", "--readme", str(document), "--check", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout)["changed"] is False
+    text = document.read_text()
+    document.write_text(text.replace("<!-- end of results -->", "more <!-- end of results -->"))
+    assert invoke("report", "--readme", str(document), "--check").exit_code == 1
+    document.write_text("nothing")
+    assert "expected the markers" in invoke("report", "--readme", str(document)).stderr

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from etap_integration import __version__
-from etap_integration.cli import comparing, doctor, launch, modelling, overview
+from etap_integration.cli import benching, comparing, doctor, launch, modelling, overview
 from etap_integration.patching import cli as patches
 
 HELP = """ETAP: transposed-pipeline MLA decode attention for Hopper GPUs, for FlashAttention-3 and FlashInfer.
@@ -45,6 +45,8 @@ app.command(rich_help_panel=HERE)(overview.overview)
 app.command(rich_help_panel=HERE)(doctor.doctor)
 app.command(rich_help_panel=HERE, context_settings=launch.CONTEXT)(launch.run)
 app.command(rich_help_panel=MEASURE)(comparing.ab)
+app.command(rich_help_panel=MEASURE)(benching.bench)
 app.command(rich_help_panel=MEASURE)(modelling.model)
+app.command(rich_help_panel=MEASURE)(benching.report)
 for registered in patches.app.registered_commands:
     app.command(registered.name, hidden=registered.hidden, rich_help_panel=PATCH)(registered.callback)

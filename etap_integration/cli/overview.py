@@ -230,7 +230,7 @@ def overview(
         except MissingError as reason:
             out.print(f"no timing: {reason}", markup=False)
         else:
-            command = [sys.executable, "-m", "tools.bench", "run", "--grid", "bars"]
+            command = [sys.executable, "-m", "etap_integration", "bench", "--grid", "bars"]
             bad |= subprocess.run(command, cwd=folder, check=False).returncode != 0
     elif not as_json:
         out.print("no timing: that takes a Hopper GPU and the operator library")

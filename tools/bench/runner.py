@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from etap_integration.timing import Budget, Sample, Timer, captured
+
 from . import records
 from .grid import GRAPH, Cell, Grid
 from .problem import Inputs, KvPool
 from .providers import Errors, Etap, FlashAttention3, FlashInfer, Floor, Provider, Result, Target, disagreement
 from .records import Row, Stamp
-from etap_integration.timing import Budget, Sample, Timer, captured
 
 VERIFIED_KV_LEN = 4096
 """Longest KV length whose errors are computed unless all are asked for."""
