@@ -1,6 +1,10 @@
 PYTHON ?= python
+SOURCES = etap_integration tests tools setup.py
 
-.PHONY: build host test gpu-test lint format report clean
+.PHONY: help build host test gpu-test lint format types numerics overview doctor bench report clean
+
+help:           ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/: *##/:/'
 
 build:          ## operator library and host module, in place
 	ETAP_BUILD=op $(PYTHON) setup.py build_ext --inplace
@@ -14,16 +18,32 @@ test:           ## everything that runs here; GPU tests are skipped without a Ho
 gpu-test:       ## the GPU tests alone
 	$(PYTHON) -m pytest tests/gpu -q
 
-lint:
-	$(PYTHON) -m ruff check etap_integration tests tools setup.py
-	$(PYTHON) -m ruff format --check etap_integration tests tools setup.py
+lint:           ## ruff, and the types
+	$(PYTHON) -m ruff check $(SOURCES)
+	$(PYTHON) -m ruff format --check $(SOURCES)
+	$(PYTHON) -m mypy
 
-format:
-	$(PYTHON) -m ruff check --fix etap_integration tests tools setup.py
-	$(PYTHON) -m ruff format etap_integration tests tools setup.py
+format:         ## ruff, fixing
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+	$(PYTHON) -m ruff format $(SOURCES)
 
-report:         ## error of the numerics models against fp64, on the CPU
+types:          ## mypy
+	$(PYTHON) -m mypy
+
+numerics:       ## error of the numerics models against fp64, on the CPU
 	$(PYTHON) -m etap_integration.numerics
 
-clean:
+overview:       ## the main command
+	$(PYTHON) -m etap_integration
+
+doctor:         ## what is here, and what would run
+	$(PYTHON) -m etap_integration doctor
+
+bench:          ## the operator beside unpatched upstreams; needs a Hopper GPU
+	$(PYTHON) -m etap_integration bench
+
+report:         ## README tables and plots from the recorded rows
+	$(PYTHON) -m etap_integration report
+
+clean:          ## what was built, in place
 	rm -rf build dist *.egg-info etap_integration/_C/*.so etap_integration/_C/ptxas.json

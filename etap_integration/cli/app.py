@@ -31,7 +31,7 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def etap(
+def _etap(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -49,4 +49,5 @@ app.command(rich_help_panel=MEASURE)(benching.bench)
 app.command(rich_help_panel=MEASURE)(modelling.model)
 app.command(rich_help_panel=MEASURE)(benching.report)
 for registered in patches.app.registered_commands:
+    assert registered.callback is not None
     app.command(registered.name, hidden=registered.hidden, rich_help_panel=PATCH)(registered.callback)

@@ -179,6 +179,7 @@ class Status:
 
     @property
     def enabled(self) -> bool:
+        """Whether any target is patched."""
         return any(target.patched for target in self.targets.values())
 
     def __str__(self) -> str:
@@ -266,7 +267,8 @@ def _prepare(target: Target, module: ModuleType) -> _Patch:
     """The routes of a target, nothing patched yet. Raises TargetError where the required function is not as known."""
     pairs, notes = [], []
     for name, interface in target.functions.items():
-        current = original = getattr(module, name, None)
+        original: Any = getattr(module, name, None)
+        current = original
         if not callable(current):
             notes.append(f"{name}: not there")
             continue

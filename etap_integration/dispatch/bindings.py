@@ -30,6 +30,7 @@ class Binding:
 
     @property
     def value(self) -> Any:
+        """What the name is bound to now."""
         return vars(self.module).get(self.name, _MISSING)
 
 

@@ -123,6 +123,7 @@ class Call:
 
     @property
     def heads(self) -> int:
+        """Query heads."""
         return self.q_rope.shape[-2]
 
     @property
@@ -137,6 +138,7 @@ class Call:
 
     @property
     def batch(self) -> int:
+        """Requests."""
         return self.q_rope.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
@@ -222,7 +224,7 @@ class Normaliser:
         others = {name: value for name, value in given.items() if name not in core}
         if self._standing:
             others = {**self._standing, **others}
-        call = Call(*values, others)
+        call = Call(*values, others)  # type: ignore[call-arg]  # mypy cannot count what itemgetter returns
         if len(given) != len(args) + len(kwargs):
             call.malformed = "arguments upstream does not take"
         elif not self._mandatory <= given.keys():

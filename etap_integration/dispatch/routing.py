@@ -42,10 +42,12 @@ class Tally:
         self._logged: set[tuple[str, str]] = set()
 
     def dispatched(self) -> None:
+        """Counts a call that ran on ETAP."""
         with self._lock:
             self._etap += 1
 
     def fell_back(self, reason: str) -> None:
+        """Counts a call left to upstream."""
         with self._lock:
             self._fallbacks[reason] += 1
 
@@ -57,10 +59,12 @@ class Tally:
             return not known
 
     def read(self) -> tuple[int, dict[str, int]]:
+        """Calls on ETAP, and those left to upstream by reason."""
         with self._lock:
             return self._etap, dict(self._fallbacks)
 
     def clear(self) -> None:
+        """Sets everything to zero."""
         with self._lock:
             self._etap = 0
             self._fallbacks.clear()
@@ -79,7 +83,9 @@ class Engine:
     def __init__(self, function: Callable[..., Any], interface: Interface, options: Options) -> None:
         operator = options.operator
         if operator is None:
-            from etap_integration.ops import mla_decode as operator
+            from etap_integration.ops import mla_decode
+
+            operator = mla_decode
         self.options = options
         self.operator: Callable[..., Any] = operator
         self.normalise = Normaliser(function, interface, options.machine or machine_of, neutral)

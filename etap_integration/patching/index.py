@@ -7,6 +7,7 @@ is read from the index itself (PEP 503 HTML or PEP 691 JSON). What it serves is 
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -106,10 +107,10 @@ def _sources(
     for place in settings.find_links:
         folder = _local_path(place)
         if folder is not None and (folder / pinned.filename).is_file():
-            yield str(folder), lambda file=folder / pinned.filename: file.as_uri()
+            yield str(folder), (folder / pinned.filename).as_uri
     for index in settings.indexes:
         page = f"{index.rstrip('/')}/{canonicalize_name(pinned.project)}/"
-        yield redact(index), lambda page=page: _find(page, pinned.filename, session)
+        yield redact(index), functools.partial(_find, page, pinned.filename, session)
 
 
 def _find(page: str, filename: str, session: requests.Session) -> str | None:

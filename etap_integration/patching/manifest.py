@@ -197,7 +197,8 @@ class _Fields:
 def _release(fields: _Fields, upstream: str) -> Release:
     pin = _Fields(fields.file, fields.get("archive", dict), f"{fields.prefix}archive.")
     archive = Archive(
-        *(pin.get(n, str) for n in ("project", "version")),
+        pin.get("project", str),
+        pin.get("version", str),
         pin.relative("filename"),
         pin.get("size", int),
         pin.sha256("sha256"),

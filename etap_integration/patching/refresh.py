@@ -39,7 +39,8 @@ def refresh(manifest_file: Path, release_id: str, tree: Path) -> tuple[TouchedFi
                 raise FileMismatchError(patch.path, known[patch.path], actual, f"{tree} is not pristine")
         after[patch.path] = patch.apply(after.get(patch.path, before[patch.path]))
     files = tuple(
-        TouchedFile(path, None if before[path] is None else sha256(before[path]), sha256(after[path])) for path in after
+        TouchedFile(path, None if (old := before[path]) is None else sha256(old), sha256(new))
+        for path, new in after.items()
     )
     data = json.loads(manifest_file.read_text(encoding="utf-8"))
     entry = next(e for e in data["releases"] if e["id"] == release_id)

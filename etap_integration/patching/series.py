@@ -218,8 +218,8 @@ def _plan(release: Release, root: Path, fuzz: bool) -> dict[str, bytes]:
     """New content of every touched file, or the reason why not."""
     contents: dict[str, bytes | None] = {}
     for file in release.files:
-        contents[file.path] = read_file(root, file.path)
-        actual = None if contents[file.path] is None else sha256(contents[file.path])
+        content = contents[file.path] = read_file(root, file.path)
+        actual = None if content is None else sha256(content)
         if actual != file.before and not fuzz:
             hint = (
                 "already patched while others are not; revert first"
