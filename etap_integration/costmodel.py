@@ -273,7 +273,7 @@ FLASHINFER = Implementation(
 QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0.86, 0.90)
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
-    "etap", transposed_tile, even_share, 10.0, 0.955, 0.90, partial_us=0.03, row_us=0.28, reread=0.35, small_page=1.03,
+    "etap", transposed_tile, even_share, 10.0, 0.955, 0.90, partial_us=0.01, row_us=0.28, reread=0.35, small_page=1.03,
     e4m3_cycles=2_650,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}

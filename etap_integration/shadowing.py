@@ -58,6 +58,7 @@ class Record:
         kv_lens: keys of each request. dtype: of queries and caches.
         causal, softmax_scale, return_lse: as called. fused: whether both caches are views of one buffer.
         upstream_us, etap_us: device time of each, launch gaps included (on the CPU: wall time).
+        late: the device waited for the host in one of them, so that its time holds host time.
         rmse, max_error: of the difference of the outputs; scale: root mean square of upstream's. lse_max_error: of the
             LSE, None where it was not asked for. not_finite: values that are finite in one of the outputs only.
     """
@@ -85,6 +86,7 @@ class Record:
     scale: float
     not_finite: int
     lse_max_error: float | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Summary:
         skipped: reason -> sampled calls that were not compared. failed: error -> comparisons that raised.
         upstream_us, etap_us: median times over the calls in which the implementation ran first, so that neither finds
             the cache warmed by the other; None where there is none.
+        speedup: upstream's time over ETAP's, the median over calls; of both orders, whose bias cancels.
+        late: calls whose times hold host time; the times above leave them out, unless there are no others.
         worst_relative_rmse: largest RMSE of a call over the root mean square of upstream's output.
         max_error: largest difference. not_finite: values finite in one of the outputs only, over all calls.
     """
@@ -106,15 +110,20 @@ class Summary:
     failed: dict[str, int] = field(default_factory=dict)
     upstream_us: float | None = None
     etap_us: float | None = None
+    speedup: float | None = None
+    late: int = 0
     worst_relative_rmse: float | None = None
     max_error: float | None = None
     not_finite: int = 0
 
     def __str__(self) -> str:
         lines = [f"shadow mode: {self.compared} of {self.seen} calls compared"]
-        if self.upstream_us and self.etap_us:
-            ratio = self.upstream_us / self.etap_us
-            lines.append(f"  median: upstream {self.upstream_us:.1f} us, ETAP {self.etap_us:.1f} us ({ratio:.2f} x)")
+        if self.upstream_us and self.etap_us and self.speedup:
+            times = f"upstream {self.upstream_us:.1f} us, ETAP {self.etap_us:.1f} us"
+            lines.append(f"  median: {times}; upstream's time over ETAP's, call by call: {self.speedup:.2f}")
+        if self.late:
+            kept = "left out above" if self.late < self.compared else "so the times above hold the host's"
+            lines.append(f"  the GPU waited for the host in {self.late} of them, {kept}")
         if self.worst_relative_rmse is not None:
             largest = f"{self.worst_relative_rmse:.1e} (RMS), {self.max_error:.1e} (one value)"
             lines.append(f"  outputs differ by at most {largest}")
@@ -125,6 +134,10 @@ class Summary:
         return "\n".join(lines)
 
 
+Span = tuple[Any, Any, bool]
+"""The clock before and after a call, and whether the device waited for the host in between."""
+
+
 @dataclass
 class _Pending:
     """A comparison on its way from the device: what is known of the call, its figures, and how to read the times."""
@@ -133,6 +146,7 @@ class _Pending:
     figures: Tensor
     lengths: Tensor | int
     times: dict[str, Callable[[], float]]
+    late: bool
     arrived: Callable[[], bool]
 
 
@@ -194,12 +208,11 @@ class Session:
         clock = _clock(call)
         start = clock()
         result = served()  # the host's own: what it raises is the host's
-        stop = clock()
+        span = (start, clock(), _waited(start))
         if not first:
             hidden = self._guarded(other, call)
         if hidden is not None:
-            value, span = hidden
-            outcomes = {names[0]: (result, (start, stop)), names[1]: (value, span)}
+            outcomes = {names[0]: (result, span), names[1]: hidden}
             self._guarded(lambda: self._compare(route.label, call, names[1] if first else names[0], outcomes), call)
         return result
 
@@ -216,13 +229,13 @@ class Session:
                 return False
             return True
 
-    def _guarded(self, run: Callable[[], Any], call: Call) -> tuple[Any, tuple[Any, Any]] | None:
+    def _guarded(self, run: Callable[[], Any], call: Call) -> tuple[Any, Span] | None:
         """The value of `run` and the clock around it; None where it raised, which is counted."""
         try:
             clock = _clock(call)
             start = clock()
             value = run()
-            return value, (start, clock())
+            return value, (start, clock(), _waited(start))
         except Exception as failure:
             text = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
             with self._lock:
@@ -232,7 +245,7 @@ class Session:
                 log.warning("shadow mode: %s; the caller is not affected", text)
             return None
 
-    def _compare(self, label: str, call: Call, first: str, outcomes: dict[str, tuple[Any, tuple[Any, Any]]]) -> None:
+    def _compare(self, label: str, call: Call, first: str, outcomes: dict[str, tuple[Any, Span]]) -> None:
         """Reduces the differences on the device and leaves them to arrive; collects what has arrived by now."""
         values = {name: value for name, (value, _) in outcomes.items()}
         figures = _figures(_parts(values["upstream"]), _parts(values["etap"]), call.cu_seqlens_q)
@@ -260,9 +273,10 @@ class Session:
             event = torch.cuda.Event()
             event.record()
             arrived = event.query
-        times = {name: _elapsed(*span) for name, (_, span) in outcomes.items()}
+        times = {name: _elapsed(start, stop) for name, (_, (start, stop, _)) in outcomes.items()}
+        late = any(waited for _, (_, _, waited) in outcomes.values())
         with self._lock:
-            self._pending.append(_Pending(known, on_host, lengths_on_host, times, arrived))
+            self._pending.append(_Pending(known, on_host, lengths_on_host, times, late, arrived))
         self.collect()
 
     def collect(self, wait: bool = False) -> None:
@@ -290,6 +304,7 @@ class Session:
             scale=(scale / count) ** 0.5,
             not_finite=int(not_finite),
             lse_max_error=lse if known["return_lse"] else None,
+            late=pending.late,
         )
         with self._lock:
             self._compared += 1
@@ -311,14 +326,23 @@ class Session:
             records = list(self.records)
             relative = [r.rmse / r.scale for r in records if r.scale > 0]
 
+            timed = [r for r in records if not r.late] or records
+
             def median(name: str) -> float | None:
-                times = [getattr(r, f"{name}_us") for r in records if r.first == name]
+                times = [getattr(r, f"{name}_us") for r in timed if r.first == name]
                 return statistics.median(times) if times else None
 
+            ratios = {
+                name: [r.upstream_us / r.etap_us for r in timed if r.first == name and r.etap_us > 0]
+                for name in IMPLEMENTATIONS
+            }
+            speedup = None
+            if all(ratios.values()):
+                speedup = statistics.geometric_mean([statistics.median(both) for both in ratios.values()])
             return Summary(
                 self._seen, self._compared, dict(self._skipped), dict(self._failed), median("upstream"), median("etap"),
-                max(relative, default=None), max((r.max_error for r in records), default=None),
-                sum(r.not_finite for r in records),
+                speedup, sum(r.late for r in records), max(relative, default=None),
+                max((r.max_error for r in records), default=None), sum(r.not_finite for r in records),
             )  # fmt: skip
 
 
@@ -394,6 +418,11 @@ def _clock(call: Call) -> Callable[[], Any]:
         return event
 
     return mark
+
+
+def _waited(start: Any) -> bool:
+    """Whether the device has passed `start` by now, when the host has enqueued all that follows it."""
+    return not isinstance(start, float) and bool(start.query())
 
 
 def _elapsed(start: Any, stop: Any) -> Callable[[], float]:

@@ -96,8 +96,7 @@ def test_doctor_without_a_gpu() -> None:
     assert found["gpus"] == [] and found["library"]["loaded"] is False
     assert set(found["targets"]) == set(SIG_TARGETS)
     assert all(not answer["etap"] for answer in found["dispatch"].values())
-    assert found["problems"] == [p for p in found["problems"] if "host module" in p]
-    assert done.returncode == (1 if found["problems"] else 0)
+    assert found["problems"] == [] and done.returncode == 0
 
 
 SIG_TARGETS = {module for module, _ in SIGNATURES}

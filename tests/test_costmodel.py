@@ -170,7 +170,11 @@ def test_devices_are_recognised() -> None:
 
 
 def test_the_dispatcher_asks_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(costmodel.upstream_wins(rows, 16, n, 132) for rows in (8, 16, 32) for n in (0, 1, 512, 65536))
+    batches, lengths = (1, 3, 16, 31, 128), (0, 1, 64, 512, 2048, 8192, 32768, 131072)
+    assert not any(
+        costmodel.upstream_wins(rows, batch, n, sms)
+        for rows in (1, 8, 16, 17, 32) for batch in batches for n in lengths for sms in (78, 132)
+    )  # fmt: skip
     assert costmodel.upstream_wins(64, 16, 4096, 132) and not costmodel.upstream_wins(64, 16, 4096, 78)
     from dispatch_fixtures import SIGNATURES, from_signature, kvcache_call
 

@@ -58,6 +58,7 @@ def test_both_run_and_the_caller_gets_the_one_that_serves(serve: str) -> None:
     assert found.max_error is not None and 0 < found.max_error < 0.02  # NOISE, rounded to bfloat16
     assert found.worst_relative_rmse is not None and found.worst_relative_rmse > 0
     assert found.upstream_us is not None and found.etap_us is not None and found.not_finite == 0
+    assert found.speedup is not None and found.speedup > 0 and found.late == 0
     assert len(operator.calls) == 4
     assert status().etap_calls == (4 if serve == "etap" else 0)
     assert "4 of 4 calls compared" in str(found)
@@ -225,3 +226,29 @@ def test_bad_arguments() -> None:
         pass
     with pytest.raises(ValueError, match="serve: 'x'"), etap_integration.shadow(SGL, serve="x"):
         pass
+
+
+def record(first: str, upstream_us: float, etap_us: float, late: bool = False) -> shadowing.Record:
+    return shadowing.Record(
+        "f", "upstream", first, 1, 16, 1, 1, False, 64, 64, (7,), "bfloat16", True, 0.1, False, True, upstream_us,
+        etap_us, 0.0, 0.0, 1.0, 0, None, late,
+    )  # fmt: skip
+
+
+def test_the_order_of_the_runs_does_not_bias_the_speed() -> None:
+    """Both equally fast, the second one twice as fast for finding the cache warm."""
+    session = shadowing.Session(1.0)
+    session.records.extend([record("upstream", 20, 10), record("etap", 10, 20)] * 3)
+    found = session.summary()
+    assert (found.upstream_us, found.etap_us) == (20, 20) and found.speedup == pytest.approx(1)
+
+
+def test_calls_that_waited_for_the_host_are_left_out_of_the_times() -> None:
+    session = shadowing.Session(1.0)
+    session.records.extend([record("upstream", 20, 10), record("etap", 20, 10), record("etap", 900, 90, late=True)])
+    found = session.summary()
+    assert found.late == 1 and found.speedup == pytest.approx(2) and found.etap_us == 10
+    session = shadowing.Session(1.0)
+    session._compared = 2
+    session.records.extend([record("upstream", 900, 90, late=True), record("etap", 900, 90, late=True)])
+    assert "so the times above hold the host's" in str(session.summary())

@@ -178,8 +178,6 @@ def problems(found: dict[str, Any]) -> list[str]:
         lines.append(f"no Hopper GPU: {', '.join(g['name'] for g in found['gpus'])}")
     if hopper and not found["library"]["loaded"]:
         lines.append(f"a Hopper GPU is here, but {found['library']['reason']}")
-    if "reason" in found["host_module"]:
-        lines.append(found["host_module"]["reason"])
     lines += [
         f"{name} is installed but cannot be patched: {target['note']}"
         for name, target in found["targets"].items()
@@ -198,6 +196,7 @@ def _show(found: dict[str, Any]) -> None:
         text = f"{g['name']}, capability {g['capability']}, {g['sms']} SMs, {g['gib']} GiB" if g else "none"
         line("GPU", text)
     line("operator library", "loaded" if found["library"]["loaded"] else found["library"]["reason"])
+    line("host module", found["host_module"].get("reason", "built"))
     line("packages", ", ".join(f"{k} {v}" for k, v in found["packages"].items()) or "no attention library")
     for name, target in found["targets"].items():
         line(name, "can be patched" if target["patchable"] else target["note"])
