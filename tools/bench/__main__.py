@@ -64,7 +64,9 @@ def run(
     num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs, or 78 emulated.")] = 0,
     p_parts: Annotated[int, typer.Option(help="16-bit parts our kernel splits P into; 0: 2, or 1 emulated.")] = 0,
     span_ms: Annotated[float, typer.Option(help="Device time spent on each call of each cell, in ms.")] = 40.0,
-    sources: Annotated[str | None, typer.Option(help="Hash of the kernel sources, where git is not at hand.")] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Hash of the kernel sources, where these are not the ones measured.")
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit measured, where git is not at hand.")] = None,
 ) -> None:
     """Measure a grid on this machine's GPU and append one row per implementation and cell."""
@@ -79,7 +81,7 @@ def run(
     try:
         chosen = grids.named(grid).matching(match or ())
         sources = sources or records.sources_hash()
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if not torch.cuda.is_available():
         raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
@@ -115,15 +117,13 @@ def run(
 def show_report(
     files: Annotated[list[Path] | None, typer.Argument(help="Files of rows; default all recorded ones.")] = None,
     run_id: Annotated[str | None, typer.Option("--run", help="Report this run; default the last of each file.")] = None,
-    sources: Annotated[str | None, typer.Option(help="Hash of the kernel sources, where git is not at hand.")] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Hash of the kernel sources, where these are not the ones measured.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")] = None,
 ) -> None:
     """Print recorded rows as markdown tables; runs measured from other kernel sources are marked stale."""
-    try:
-        current = sources or records.sources_hash()
-    except RuntimeError:
-        current = None
-        typer.echo("without git and --sources, stale rows cannot be told", err=True)
+    current = sources or records.sources_hash()
     reasons_file = records.RESULTS / "reasons.json"
     reasons = json.loads(reasons_file.read_text()) if reasons_file.exists() else {}
     sections = []
