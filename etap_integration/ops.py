@@ -114,6 +114,42 @@ def mla_decode(
     return out if lse is None else (out, lse)
 
 
+def mla_decode_checked(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+    out: Tensor | None,
+    lse_shape: tuple[int, ...] | None,
+    num_ctas: int,
+    cache_batch_idx: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`mla_decode` for a caller that knows the arguments to be good, as a call of the same shapes was.
+
+    Arguments as `mla_decode`'s, but: the caches may be (pages, page_size, 1, width) too, all lengths lie on the device,
+    `max_seqlen_q` is given for any queries, `lse_shape` is the LSE's where it is wanted, `num_ctas` 0 stands for all.
+    """
+    if out is None:
+        out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
+    lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=q_nope.device)
+    _OP(
+        q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
+        causal, out, lse, num_ctas, 0, cache_batch_idx,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def checks_contents() -> bool:
+    """Whether ETAP_CHECK asks for the contents of tensors to be checked at each call."""
+    return _CHECK
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,23 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from etap_integration.dispatch.calls import Call, Interface, Machine, Normaliser, machine_of
-from etap_integration.dispatch.decision import DEFAULT_MAX_ROWS, NOT_MLA, Decider, Limits, neutral
+from etap_integration.dispatch.decision import (
+    DEFAULT_MAX_ROWS,
+    GRADIENTS,
+    NOT_MLA,
+    Limits,
+    choose,
+    neutral,
+    slower,
+    supports,
+)
+from etap_integration.dispatch.repeats import TENSORS, Facts, Repeats
 
 log = logging.getLogger("etap_integration.dispatch")
 
@@ -27,6 +37,7 @@ class Options:
     """What `enable` and `patched` take beside targets. `operator` and `machine` None: the real ones."""
 
     max_rows: int = DEFAULT_MAX_ROWS
+    only_where_faster: bool = True
     strict: bool = False
     operator: Callable[..., Any] | None = None
     machine: Callable[[torch.device], Machine] | None = None
@@ -56,6 +67,10 @@ class Tally:
             self._logged.add((where, reason))
             return not known
 
+    def known(self, where: str, reason: str) -> bool:
+        """Whether `first` was asked about it already."""
+        return (where, reason) in self._logged
+
     def read(self) -> tuple[int, dict[str, int]]:
         with self._lock:
             return self._etap, dict(self._fallbacks)
@@ -74,20 +89,22 @@ class Engine:
     """Options made ready for the calls of one function."""
 
     def __init__(self, function: Callable[..., Any], interface: Interface, options: Options) -> None:
-        operator = options.operator
-        if operator is None:
-            from etap_integration.ops import mla_decode as operator
+        from etap_integration import ops
+
         self.options = options
-        self.operator: Callable[..., Any] = operator
+        self.operator: Callable[..., Any] = options.operator or ops.mla_decode
+        # The real operator need not check again what it let through; ETAP_CHECK reads contents, so it goes on checking.
+        self._checked: Callable[..., Any] | None = None
+        if options.operator is None and not ops.checks_contents():
+            self._checked = ops.mla_decode_checked
         self.normalise = Normaliser(function, interface, options.machine or machine_of, neutral)
-        self.decide = Decider(Limits(options.max_rows))
+        self.limits = Limits(options.max_rows, options.only_where_faster)
+        self.repeats = Repeats(self.normalise)
         self.strict = options.strict
         self.after_lse = (None,) * interface.after_lse
 
     def run(self, call: Call) -> Any:
         """The operator on `call`; the result as upstream returns it."""
-        ragged = call.cu_seqlens_q is not None
-        margin = call.others.get("sm_margin", 0)
         result = self.operator(
             call.q_nope,
             call.q_rope,
@@ -96,14 +113,46 @@ class Engine:
             call.page_table,
             call.cache_seqlens,
             cu_seqlens_q=call.cu_seqlens_q,
-            max_seqlen_q=call.max_seqlen_q if ragged else None,
+            max_seqlen_q=call.max_seqlen_q if call.cu_seqlens_q is not None else None,
             softmax_scale=call.softmax_scale,
             causal=bool(call.causal),
             out=call.out,
             return_lse=bool(call.return_lse),
-            num_ctas=max(1, call.machine.sms - margin) if margin else None,
+            num_ctas=_num_ctas(call) or None,
+            cache_batch_idx=call.cache_batch_idx,
         )
         return (*result, *self.after_lse) if call.return_lse else result
+
+    def facts(self, call: Call, reason: str | None) -> Facts:
+        """What holds for every call like `call`, decided as `reason` says."""
+        if reason is not None:
+            return Facts(reason)
+        return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, self._repetition(call))
+
+    def _repetition(self, call: Call) -> Callable[..., Any]:
+        """Runs a call of `call`'s kind, given its tensors."""
+        checked, after_lse = self._checked, self.after_lse
+        if checked is None:
+            others = {name: value for name, value in call.others.items() if name == "sm_margin"}
+            kind = replace(call, **dict.fromkeys(TENSORS), others=others)  # keeps no tensor alive
+            return lambda *tensors: self.run(replace(kind, **dict(zip(TENSORS, tensors, strict=True))))
+        max_q, scale, causal = call.max_query, float(call.softmax_scale), bool(call.causal)
+        num_ctas, lse_shape = _num_ctas(call), None
+        if call.return_lse:
+            ragged = call.cu_seqlens_q is not None
+            lse_shape = (call.heads, call.q_nope.shape[0]) if ragged else (call.batch, call.heads, max_q)
+
+        def run(q, qv, k, v, table, lengths, cu, index, out):
+            result = checked(qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index)
+            return result if lse_shape is None else (*result, *after_lse)
+
+        return run
+
+
+def _num_ctas(call: Call) -> int:
+    """How many SMs the call may use; 0: all."""
+    margin = call.others.get("sm_margin", 0)
+    return max(1, call.machine.sms - margin) if margin else 0
 
 
 class Route:
@@ -118,7 +167,8 @@ class Route:
 
 
 def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
-    original, dispatched, fell_back = route.original, TALLY.dispatched, TALLY.fell_back
+    original, label = route.original, route.label
+    dispatched, fell_back, known = TALLY.dispatched, TALLY.fell_back, TALLY.known
 
     @functools.wraps(original)
     def routed(*args: Any, **kwargs: Any) -> Any:
@@ -128,17 +178,47 @@ def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
         if len(args) <= qv_index and kwargs.get(qv_name) is None:  # the bulk of an engine's other calls
             fell_back(NOT_MLA)
             return original(*args, **kwargs)
-        call = engine.normalise(args, kwargs)
-        reason = engine.decide(call)
-        if reason is None:
-            dispatched()
-            return engine.run(call)
-        fell_back(reason)
-        _explain(route.label, reason, call, engine.strict)
-        return original(*args, **kwargs)
+        form = engine.repeats.form(args, kwargs)
+        if form is not None:
+            values = (*args, *kwargs.values(), None)
+            tensors = form.tensors(values)
+            facts = form.recall(values, tensors)
+            if facts is not None:
+                reason = facts.reason
+                if reason is None and engine.limits.only_where_faster:
+                    reason = slower(facts.rows, facts.batch, form.length_bound(values, facts), facts.sms)
+                if reason is None:
+                    dispatched()
+                    return facts.run(*tensors)
+                if known(label, reason) and not engine.strict:
+                    fell_back(reason)
+                    return original(*args, **kwargs)
+        return _decide(engine, label, original, args, kwargs)
 
     routed.__etap_route__ = route  # type: ignore[attr-defined]
     return routed
+
+
+def _decide(
+    engine: Engine, label: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The long way of a call: the first of its kind, or one of a kind that cannot be remembered."""
+    call = engine.normalise(args, kwargs)
+    supported, reason = supports(call, engine.limits)
+    if not supported:
+        # Gradients come and go at the same shapes: nothing to remember.
+        if reason != GRADIENTS:
+            engine.repeats.remember(call, args, kwargs, engine.facts(call, reason))
+    elif engine.limits.only_where_faster and not choose(call)[0]:
+        reason = choose(call)[1]
+    else:
+        TALLY.dispatched()
+        result = engine.run(call)
+        engine.repeats.remember(call, args, kwargs, engine.facts(call, None))
+        return result
+    TALLY.fell_back(reason)
+    _explain(label, reason, call, engine.strict)
+    return original(*args, **kwargs)
 
 
 def _explain(label: str, reason: str, call: Call, strict: bool) -> None:

@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
 IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+PATCHED = ("fa3-etap",)
 
 
 def _labelled(library: str) -> tuple[str | None, Path]:
@@ -50,7 +51,8 @@ def run(
         Path | None, typer.Option("--rivals", help="Folder with the rivals' libraries, as `build-rivals` makes them.")
     ] = None,
     impl: Annotated[
-        list[str] | None, typer.Option(help=f"Only these implementations: {', '.join(IMPLEMENTATIONS)}. Repeatable.")
+        list[str] | None,
+        typer.Option(help=f"Only these: {', '.join(IMPLEMENTATIONS)} (the default), {', '.join(PATCHED)}. Repeatable."),
     ] = None,
     match: Annotated[
         list[str] | None,
@@ -74,8 +76,9 @@ def run(
         rest = _without_libraries(sys.argv[1:])
         codes = [subprocess.call([sys.executable, "-m", "tools.bench", *rest, "--library", one]) for one in library]
         raise typer.Exit(max(codes))
-    if unknown := sorted(set(impl or ()) - set(IMPLEMENTATIONS)):
-        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(IMPLEMENTATIONS)}", param_hint="--impl")
+    if unknown := sorted(set(impl or ()) - {*IMPLEMENTATIONS, *PATCHED}):
+        known = ", ".join((*IMPLEMENTATIONS, *PATCHED))
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {known}", param_hint="--impl")
     if verify not in ("auto", "all", "none"):
         raise typer.BadParameter(f"{verify!r} is none of auto, all, none", param_hint="--verify")
     try:
@@ -144,16 +147,19 @@ def show_report(
 
 @app.command("build-rivals")
 def build_rivals(
-    which: Annotated[list[str] | None, typer.Argument(help="floor, flashinfer, fa3; default all three.")] = None,
+    which: Annotated[
+        list[str] | None, typer.Argument(help="floor, flashinfer, fa3, fa3-etap; default the first three.")
+    ] = None,
     throttled: Annotated[bool, typer.Option(help="Build the twins for the emulated H20.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Compilers to run at once.")] = 1,
 ) -> None:
     """Fetch the pinned upstream sources and build the rivals' libraries (about 12 minutes on 2 cores)."""
     builder = rivals.Builder(throttled=throttled, jobs=jobs, log=typer.echo)
-    steps = {"floor": builder.floor, "flashinfer": builder.flashinfer, "fa3": builder.fa3}
+    rivals_only = {"floor": builder.floor, "flashinfer": builder.flashinfer, "fa3": builder.fa3}
+    steps = {**rivals_only, "fa3-etap": builder.fa3_etap}
     if unknown := sorted(set(which or ()) - set(steps)):
         raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(steps)}")
-    for name in which or steps:
+    for name in which or rivals_only:
         if not (throttled and name == "floor"):
             steps[name]()
     typer.echo(f"libraries are in {rivals.library_dir()}")
