@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,45 +105,46 @@ class Engine:
 
     def run(self, call: Call) -> Any:
         """The operator on `call`; the result as upstream returns it."""
-        result = self.operator(
-            call.q_nope,
-            call.q_rope,
-            call.v_cache.squeeze(2),  # views: one KV head
-            call.k_cache.squeeze(2),
-            call.page_table,
-            call.cache_seqlens,
-            cu_seqlens_q=call.cu_seqlens_q,
-            max_seqlen_q=call.max_seqlen_q if call.cu_seqlens_q is not None else None,
-            softmax_scale=call.softmax_scale,
-            causal=bool(call.causal),
-            out=call.out,
-            return_lse=bool(call.return_lse),
-            num_ctas=_num_ctas(call) or None,
-            cache_batch_idx=call.cache_batch_idx,
-        )
-        return (*result, *self.after_lse) if call.return_lse else result
+        return self._runner(call)(*(getattr(call, name) for name in TENSORS))
 
     def facts(self, call: Call, reason: str | None) -> Facts:
         """What holds for every call like `call`, decided as `reason` says."""
         if reason is not None:
             return Facts(reason)
-        return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, self._repetition(call))
+        run = self._runner(call) if self._checked is None else self._checked_runner(call, self._checked)
+        return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, run)
 
-    def _repetition(self, call: Call) -> Callable[..., Any]:
-        """Runs a call of `call`'s kind, given its tensors."""
-        checked, after_lse = self._checked, self.after_lse
-        if checked is None:
-            others = {name: value for name, value in call.others.items() if name == "sm_margin"}
-            kind = replace(call, **dict.fromkeys(TENSORS), others=others)  # keeps no tensor alive
-            return lambda *tensors: self.run(replace(kind, **dict(zip(TENSORS, tensors, strict=True))))
+    def _runner(self, call: Call) -> Callable[..., Any]:
+        """Runs the operator on the tensors (`TENSORS`) of calls like `call`, none of which it keeps."""
+        operator, scale, causal, return_lse = (
+            self.operator,
+            call.softmax_scale,
+            bool(call.causal),
+            bool(call.return_lse),
+        )
+        max_q = call.max_seqlen_q if call.cu_seqlens_q is not None else None
+        num_ctas, after_lse = _num_ctas(call) or None, self.after_lse
+
+        def run(q, qv, k, v, table, lengths, cu, index, out):
+            result = operator(
+                qv, q, v.squeeze(2), k.squeeze(2), table, lengths,  # views: one KV head
+                cu_seqlens_q=cu, max_seqlen_q=max_q, softmax_scale=scale, causal=causal, out=out,
+                return_lse=return_lse, num_ctas=num_ctas, cache_batch_idx=index,
+            )  # fmt: skip
+            return (*result, *after_lse) if return_lse else result
+
+        return run
+
+    def _checked_runner(self, call: Call, operator: Callable[..., Any]) -> Callable[..., Any]:
+        """The same with `ops.mla_decode_checked`."""
         max_q, scale, causal = call.max_query, float(call.softmax_scale), bool(call.causal)
-        num_ctas, lse_shape = _num_ctas(call), None
+        num_ctas, after_lse, lse_shape = _num_ctas(call), self.after_lse, None
         if call.return_lse:
             ragged = call.cu_seqlens_q is not None
             lse_shape = (call.heads, call.q_nope.shape[0]) if ragged else (call.batch, call.heads, max_q)
 
         def run(q, qv, k, v, table, lengths, cu, index, out):
-            result = checked(qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index)
+            result = operator(qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index)
             return result if lse_shape is None else (*result, *after_lse)
 
         return run
