@@ -114,7 +114,8 @@ def neutral(name: str, value: Any) -> bool:
     return rule is None or rule[0](value)
 
 
-def _keyword_reason(call: Call) -> str | None:
+def keyword_reason(call: Call) -> str | None:
+    """Why the operator cannot compute a call with `call`'s keywords, whatever its tensors, or None."""
     for name, value in call.others.items():
         if name in ACCEPTED:
             continue
@@ -242,21 +243,21 @@ def _out_reason(out: Any, qv: Tensor) -> str | None:
     return None if last == 1 and rows and out.storage_offset() % 8 == 0 else "out has unaligned rows"
 
 
-def static_key(q, qv, k, v, table, lengths, cu, index, out) -> tuple[Any, ...]:
-    """All that `supports` looks at in the tensors of a call, none of which a number may stand for, bar gradients.
+def attention_key(q: Tensor, qv: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Any, ...]:
+    """With `index_key`, all that `supports` looks at in the tensors of a call, gradients apart.
 
-    The machine goes without saying: it is that of the devices. Raises AttributeError or IndexError where something
-    that should be a tensor, of at least one dimension, is not.
+    The machine goes without saying: it is the one of the device. Raises AttributeError where something is no tensor.
     """
     return (
         q.shape, q.dtype, q.device, qv.shape, qv.dtype, qv.device,
-        k.shape, k.dtype, k.device, k.stride(-1), v.shape, v.dtype, v.device, v.stride(-1),
-        None if table is None else (table.shape, table.dtype, table.device, table.stride(-1)),
-        None if lengths is None else (lengths.shape, lengths.dtype, lengths.device, lengths.stride(-1)),
-        None if cu is None else (cu.shape, cu.dtype, cu.device, cu.stride(-1)),
-        None if index is None else (index.shape, index.dtype, index.device, index.stride(-1)),
+        k.shape, k.dtype, k.device, k.stride(), v.shape, v.dtype, v.device, v.stride(),
         None if out is None else (out.shape, out.dtype, out.device, out.stride(), out.storage_offset() % 8),
     )  # fmt: skip
+
+
+def index_key(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The same for page table, lengths, cu_seqlens_q and cache_batch_idx."""
+    return tuple(None if x is None else (x.shape, x.dtype, x.device, x.stride()) for x in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def _reason(call: Call, limits: Limits) -> str | None:
         return call.malformed
     if call.q_nope is None:
         return NOT_MLA
-    return _keyword_reason(call) or _static_reason(call, limits) or _value_reason(call)
+    return keyword_reason(call) or _static_reason(call, limits) or _value_reason(call)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from etap_integration.dispatch.decision import (
     NOT_MLA,
     Limits,
     choose,
+    keyword_reason,
     neutral,
     slower,
     supports,
@@ -49,7 +49,7 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._etap = 0
-        self._fallbacks: Counter[str] = Counter()
+        self._fallbacks: dict[str, int] = {}
         self._logged: set[tuple[str, str]] = set()
 
     def dispatched(self) -> None:
@@ -58,7 +58,7 @@ class Tally:
 
     def fell_back(self, reason: str) -> None:
         with self._lock:
-            self._fallbacks[reason] += 1
+            self._fallbacks[reason] = self._fallbacks.get(reason, 0) + 1
 
     def first(self, where: str, reason: str) -> bool:
         """True the first time only."""
@@ -107,11 +107,13 @@ class Engine:
         """The operator on `call`; the result as upstream returns it."""
         return self._runner(call)(*(getattr(call, name) for name in TENSORS))
 
-    def facts(self, call: Call, reason: str | None) -> Facts:
-        """What holds for every call like `call`, decided as `reason` says."""
+    def facts(self, call: Call, reason: str | None, ran: bool) -> Facts:
+        """What holds for every call like `call`. reason: why ETAP cannot compute it; ran: it did, without an error."""
         if reason is not None:
             return Facts(reason)
-        run = self._runner(call) if self._checked is None else self._checked_runner(call, self._checked)
+        run = None
+        if ran:
+            run = self._runner(call) if self._checked is None else self._checked_runner(call, self._checked)
         return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, run)
 
     def _runner(self, call: Call) -> Callable[..., Any]:
@@ -125,7 +127,7 @@ class Engine:
         max_q = call.max_seqlen_q if call.cu_seqlens_q is not None else None
         num_ctas, after_lse = _num_ctas(call) or None, self.after_lse
 
-        def run(q, qv, k, v, table, lengths, cu, index, out):
+        def run(q, qv, k, v, out, table, lengths, cu, index):
             result = operator(
                 qv, q, v.squeeze(2), k.squeeze(2), table, lengths,  # views: one KV head
                 cu_seqlens_q=cu, max_seqlen_q=max_q, softmax_scale=scale, causal=causal, out=out,
@@ -143,7 +145,7 @@ class Engine:
             ragged = call.cu_seqlens_q is not None
             lse_shape = (call.heads, call.q_nope.shape[0]) if ragged else (call.batch, call.heads, max_q)
 
-        def run(q, qv, k, v, table, lengths, cu, index, out):
+        def run(q, qv, k, v, out, table, lengths, cu, index):
             result = operator(qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index)
             return result if lse_shape is None else (*result, *after_lse)
 
@@ -181,17 +183,16 @@ def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
             return original(*args, **kwargs)
         form = engine.repeats.form(args, kwargs)
         if form is not None:
-            values = (*args, *kwargs.values(), None)
-            tensors = form.tensors(values)
-            facts = form.recall(values, tensors)
+            values = [*args, *kwargs.values(), None]
+            facts = form.recall(values)
             if facts is not None:
                 reason = facts.reason
                 if reason is None and engine.limits.only_where_faster:
                     reason = slower(facts.rows, facts.batch, form.length_bound(values, facts), facts.sms)
-                if reason is None:
+                if reason is None and facts.run is not None:
                     dispatched()
-                    return facts.run(*tensors)
-                if known(label, reason) and not engine.strict:
+                    return facts.run(*form.tensors(values))
+                if reason is not None and known(label, reason) and not engine.strict:
                     fell_back(reason)
                     return original(*args, **kwargs)
         return _decide(engine, label, original, args, kwargs)
@@ -205,18 +206,18 @@ def _decide(
 ) -> Any:
     """The long way of a call: the first of its kind, or one of a kind that cannot be remembered."""
     call = engine.normalise(args, kwargs)
+    ran, result = False, None
     supported, reason = supports(call, engine.limits)
-    if not supported:
-        # Gradients come and go at the same shapes: nothing to remember.
-        if reason != GRADIENTS:
-            engine.repeats.remember(call, args, kwargs, engine.facts(call, reason))
-    elif engine.limits.only_where_faster and not choose(call)[0]:
-        reason = choose(call)[1]
-    else:
+    if supported and (not engine.limits.only_where_faster or choose(call)[0]):
         TALLY.dispatched()
-        result = engine.run(call)
-        engine.repeats.remember(call, args, kwargs, engine.facts(call, None))
+        ran, result = True, engine.run(call)
+    by_values = not supported and reason == keyword_reason(call)
+    if reason != GRADIENTS:  # which come and go at the same shapes
+        engine.repeats.remember(call, args, kwargs, engine.facts(call, None if supported else reason, ran), by_values)
+    if ran:
         return result
+    if supported:
+        reason = choose(call)[1]
     TALLY.fell_back(reason)
     _explain(label, reason, call, engine.strict)
     return original(*args, **kwargs)
