@@ -246,7 +246,7 @@ def arms(target: str, how: str = "monkeypatch", **options: Any) -> Iterator[Arms
     """
     name = TARGETS[target].required if target in TARGETS else ""
     if how == "monkeypatch":
-        with dispatch.patched(target, strict=True, **options):
+        with dispatch.patched(target, strict=True, only_where_faster=False, **options):
             import sys
 
             routed = getattr(sys.modules[target], name)

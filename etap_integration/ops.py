@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +45,7 @@ def mla_decode(
     return_lse: bool = False,
     num_ctas: int | None = None,
     precise: bool | None = None,
+    cache_batch_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a few query tokens per request over one shared latent KV head (MLA decode, weights absorbed).
 
@@ -75,25 +75,27 @@ def mla_decode(
       num_ctas: how many SMs to use, 1 to all; default all.
       precise: split P into a high and a low 16-bit part. Default: yes, but on H20-class GPUs, where the tensor cores
         are the limit.
+      cache_batch_idx: (batch,) int32 on the device, where `page_table` is None: the row of the caches that holds
+        request i; the caches then may have any number of rows. Default: row i.
 
     Returns:
       out, or (out, lse) with lse float32, natural logarithm, (batch, heads, sq) or (heads, total_q) when ragged.
 
     Raises:
       TypeError, ValueError, RuntimeError: as the module says, before any launch. Contents of tensors on the device
-      (lengths, page table, cu_seqlens_q) are read and checked only under ETAP_CHECK=1, which synchronises.
+      (lengths, page table, indices, cu_seqlens_q) are read and checked only under ETAP_CHECK=1, which synchronises.
     """
     batch, max_q, lengths, p_parts = _check_arguments(
         q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
-        causal, out, return_lse, num_ctas, precise,
+        causal, out, return_lse, num_ctas, precise, cache_batch_idx,
     )  # fmt: skip
     device = q_nope.device
     if not q_nope.is_meta:
-        p_parts = _check_device(device, num_ctas, p_parts)
+        _check_device(device, num_ctas)
         if _LOAD_FAILURE is not None:
             raise RuntimeError(_LOAD_FAILURE)
         if _CHECK:
-            _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q)
+            _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q, cache_batch_idx)
 
     if out is None:
         out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=device)
@@ -107,9 +109,45 @@ def mla_decode(
         _OP(
             q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_q,
             DEFAULT_SCALE if softmax_scale is None else float(softmax_scale), causal, out, lse,
-            0 if num_ctas is None else num_ctas, p_parts,
+            0 if num_ctas is None else num_ctas, p_parts, cache_batch_idx,
         )  # fmt: skip
     return out if lse is None else (out, lse)
+
+
+def mla_decode_checked(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+    out: Tensor | None,
+    lse_shape: tuple[int, ...] | None,
+    num_ctas: int,
+    cache_batch_idx: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`mla_decode` for a caller that knows the arguments to be good, as a call of the same shapes was.
+
+    Arguments as `mla_decode`'s, but: the caches may be (pages, page_size, 1, width) too, all lengths lie on the device,
+    `max_seqlen_q` is given for any queries, `lse_shape` is the LSE's where it is wanted, `num_ctas` 0 stands for all.
+    """
+    if out is None:
+        out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
+    lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=q_nope.device)
+    _OP(
+        q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
+        causal, out, lse, num_ctas, 0, cache_batch_idx,
+    )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def checks_contents() -> bool:
+    """Whether ETAP_CHECK asks for the contents of tensors to be checked at each call."""
+    return _CHECK
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,12 +157,12 @@ def mla_decode(
 
 def _check_arguments(
     q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale, causal,
-    out, return_lse, num_ctas, precise,
+    out, return_lse, num_ctas, precise, cache_batch_idx,
 ) -> tuple[int, int, list[int] | int | None, int]:  # fmt: skip
     """Everything that can be said of a call without a GPU. Arguments as `mla_decode`'s, all of them given.
 
     Returns (batch, max_seqlen_q, lengths, p_parts): `lengths` is the host's copy of cache_seqlens, an int for all
-    requests or a list, None where they lie on the device; p_parts is 1 or 2, 0 where `precise` leaves it to the device.
+    requests or a list, None where they lie on the device; p_parts is 1 or 2, 0 where `precise` leaves it to the GPU.
     Raises as `mla_decode` does, the message naming the argument, its value and what is allowed.
     """
     for name, value in (("q_nope", q_nope), ("q_rope", q_rope), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
@@ -178,10 +216,15 @@ def _check_arguments(
         if value.stride(2) != 1:
             raise ValueError(f"{name}: strides {value.stride()}, expected a contiguous last dimension")
     capacity = cache_shape[1]
-    if page_table is None:
-        if cache_shape[0] < batch:
-            raise ValueError(f"ckv_cache: {cache_shape[0]} requests, expected q's {batch}, as page_table is None")
-    else:
+    if cache_batch_idx is not None:
+        _check_int32(cache_batch_idx, "cache_batch_idx", 1, device)
+        if page_table is not None:
+            raise ValueError("cache_batch_idx: given with a page_table, expected one of the two")
+        if cache_batch_idx.shape[0] != batch:
+            raise ValueError(f"cache_batch_idx: shape {tuple(cache_batch_idx.shape)}, expected ({batch},), q's batch")
+    elif page_table is None and cache_shape[0] < batch:
+        raise ValueError(f"ckv_cache: {cache_shape[0]} requests, expected q's {batch}, as page_table is None")
+    if page_table is not None:
         _check_int32(page_table, "page_table", 2, device)
         if page_table.shape[0] != batch:
             raise ValueError(f"page_table: shape {tuple(page_table.shape)}, expected ({batch}, max_pages)")
@@ -286,8 +329,8 @@ def _check_out(out, q_shape: torch.Size, dtype: torch.dtype, device: torch.devic
         raise ValueError(f"out: {where}, expected contiguous rows at multiples of {unit} elements (16 bytes)")
 
 
-def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q: int) -> None:
-    """ETAP_CHECK=1: reads lengths, page table and cu_seqlens_q on the host (a sync) and raises ValueError."""
+def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q: int, cache_batch_idx) -> None:
+    """ETAP_CHECK=1: reads lengths, page table and indices on the host (a sync) and raises ValueError."""
     capacity = ckv_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     if isinstance(cache_seqlens, Tensor):
         lengths = cache_seqlens.tolist()
@@ -299,6 +342,10 @@ def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, 
                 for j, page in enumerate(table[i][: -(-n // page_size)]):
                     if not 0 <= page < pages:
                         raise ValueError(f"page_table[{i}, {j}]: {page}, expected 0 to {pages - 1}")
+    if cache_batch_idx is not None:
+        for i, row in enumerate(cache_batch_idx.tolist()):
+            if not 0 <= row < ckv_cache.shape[0]:
+                raise ValueError(f"cache_batch_idx[{i}]: {row}, expected 0 to {ckv_cache.shape[0] - 1}")
     if cu_seqlens_q is not None:
         ends = cu_seqlens_q.tolist()
         if ends[0] != 0 or ends[-1] != q_nope.shape[0]:
@@ -313,35 +360,28 @@ def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_device(device: torch.device, num_ctas: int | None, p_parts: int) -> int:
-    """Raises RuntimeError unless `device` is a Hopper GPU; returns the P parts to use (1 or 2)."""
+def _check_device(device: torch.device, num_ctas: int | None) -> None:
+    """Raises RuntimeError unless `device` is a Hopper GPU, ValueError unless it has `num_ctas` SMs."""
     if device.type != "cuda":
         raise RuntimeError(f"q_nope: on {device}, expected a Hopper GPU: mla_decode has no other implementation")
-    name, major, minor, sms, default_parts = _device(device.index)
+    name, major, minor, sms = _device(device.index)
     if major != 9:
         raise RuntimeError(f"{device} is {name} with compute capability {major}.{minor}, expected 9.0: Hopper only")
     if num_ctas is not None and num_ctas > sms:
         raise ValueError(f"num_ctas: {num_ctas}, expected 1 to {sms}, the SMs of {name}")
-    return p_parts or default_parts
 
 
-def _device(index: int) -> tuple[str, int, int, int, int]:
-    """Name, compute capability, number of SMs and default P parts of a GPU, asked for once."""
+def _device(index: int) -> tuple[str, int, int, int]:
+    """Name, compute capability and number of SMs of a GPU, asked for once."""
     found = _DEVICES.get(index)
     if found is None:
         p = torch.cuda.get_device_properties(index)
-        sms = p.multi_processor_count
-        found = _DEVICES[index] = (p.name, p.major, p.minor, sms, default_p_parts(p.name, sms))
+        found = _DEVICES[index] = (p.name, p.major, p.minor, p.multi_processor_count)
     return found
 
 
-_DEVICES: dict[int, tuple[str, int, int, int, int]] = {}
+_DEVICES: dict[int, tuple[str, int, int, int]] = {}
 _device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it while tracing
-
-
-def default_p_parts(name: str, sms: int) -> int:
-    """2 (P in a high and a low 16-bit part), but 1 on an H20, with a quarter of an H200's tensor rate per SM."""
-    return 1 if re.search(r"\bH20\b", name) or sms == 78 else 2
 
 
 def _to_device(lengths: list[int] | int, batch: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from etap_integration import mla_decode, ops
 BF16, I32 = torch.bfloat16, torch.int32
 DEFAULTS = {
     "page_table": None, "cu_seqlens_q": None, "max_seqlen_q": None, "softmax_scale": None, "causal": False, "out": None,
-    "return_lse": False, "num_ctas": None, "precise": None,
+    "return_lse": False, "num_ctas": None, "precise": None, "cache_batch_idx": None,
 }  # fmt: skip
 
 
@@ -53,6 +53,13 @@ GOOD = [
     ragged(q_nope=empty(0, 16, 512), q_rope=empty(0, 16, 64)),
     unpaged(),
     unpaged(cache_seqlens=[0, 100, 99]),
+    unpaged(cache_batch_idx=empty(3, dtype=I32)),
+    unpaged(
+        cache_batch_idx=empty(3, dtype=I32),
+        ckv_cache=empty(2, 100, 512),
+        kpe_cache=empty(2, 100, 64),
+        cache_seqlens=100,
+    ),
     paged(q_nope=empty(0, 2, 16, 512), q_rope=empty(0, 2, 16, 64), page_table=empty(0, 0, dtype=I32), cache_seqlens=[]),
 ]
 
@@ -127,6 +134,11 @@ BAD = [
     (paged(softmax_scale=float("nan")), ValueError, "softmax_scale: nan"),
     (paged(softmax_scale=float("inf")), ValueError, "softmax_scale: inf"),
     (paged(num_ctas=0), ValueError, "num_ctas: 0, expected 1 to"),
+    (paged(cache_batch_idx=empty(3, dtype=I32)), ValueError, "cache_batch_idx: given with a page_table"),
+    (unpaged(cache_batch_idx=empty(4, dtype=I32)), ValueError, r"cache_batch_idx: shape \(4,\), expected \(3,\)"),
+    (unpaged(cache_batch_idx=empty(3, dtype=torch.int64)), TypeError, "cache_batch_idx: dtype torch.int64"),
+    (unpaged(cache_batch_idx=[0, 1, 2]), TypeError, "cache_batch_idx: expected a torch.Tensor, got list"),
+    (unpaged(cache_batch_idx=empty(3, dtype=I32, device="cpu")), RuntimeError, "cache_batch_idx: on cpu"),
     # devices and autograd
     (paged(q_rope=empty(3, 2, 16, 64, device="cpu")), RuntimeError, "q_rope: on cpu, expected meta, as q_nope"),
     (paged(ckv_cache=empty(40, 64, 512, device="cpu")), RuntimeError, "ckv_cache: on cpu, expected meta"),
@@ -171,21 +183,16 @@ def test_the_device_is_checked_last() -> None:
 
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(ops, "_device", lambda _: ("NVIDIA A100", 8, 0, 108, 2))
+    monkeypatch.setattr(ops, "_device", lambda _: ("NVIDIA A100", 8, 0, 108))
     with pytest.raises(RuntimeError, match=r"cuda:0 is NVIDIA A100 with compute capability 8.0, expected 9.0"):
-        ops._check_device(device, None, 0)
-    monkeypatch.setattr(ops, "_device", lambda _: ("NVIDIA H200", 9, 0, 132, 2))
+        ops._check_device(device, None)
+    monkeypatch.setattr(ops, "_device", lambda _: ("NVIDIA H200", 9, 0, 132))
     with pytest.raises(ValueError, match="num_ctas: 133, expected 1 to 132, the SMs of NVIDIA H200"):
-        ops._check_device(device, 133, 0)
+        ops._check_device(device, 133)
 
 
 def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_check_device", lambda *_: 2)
+    monkeypatch.setattr(ops, "_check_device", lambda *_: None)
     monkeypatch.setattr(ops, "_LOAD_FAILURE", "the operator library is not built")
     with pytest.raises(RuntimeError, match="is not built"):
         mla_decode(**on_cpu(paged()))
-
-
-def test_p_parts_of_a_device() -> None:
-    assert ops.default_p_parts("NVIDIA H200", 132) == ops.default_p_parts("NVIDIA H100 80GB HBM3", 132) == 2
-    assert ops.default_p_parts("NVIDIA H20", 78) == ops.default_p_parts("NVIDIA H20-3e", 78) == 1

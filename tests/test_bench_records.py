@@ -4,7 +4,6 @@ import hashlib
 import json
 import multiprocessing
 import re
-import subprocess
 from dataclasses import asdict, replace
 
 import pytest
@@ -129,61 +128,10 @@ def test_reading_names_file_and_line(tmp_path):
         records.read(path)
 
 
-def _shell_hash(root):
-    pipeline = "git ls-files -z csrc | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum"
-    return subprocess.run(
-        ["bash", "-c", pipeline], cwd=root, capture_output=True, text=True, check=True
-    ).stdout.split()[0]
-
-
-def _repository(root, files):
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    if files:
-        subprocess.run(["git", "add", "."], cwd=root, check=True)
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {},
-        {"README": b"no sources"},
-        {"csrc/a.h": b"one", "csrc/B.cu": b"two", "csrc/deep/er/c d.cuh": b"", "csrcs/not": b"x", "other": b"y"},
-        {"csrc/a-b": b"1", "csrc/a_b": b"2", "csrc/aB": b"3", "csrc/a/b": b"4", "csrc/\u00e9": b"5"},
-        {"csrc/new\nline": b"1", "csrc/back\\slash": b"2"},
-    ],
-    ids=["empty", "no sources", "plain", "order", "odd names"],
-)
-def test_sources_hash_is_that_of_the_shell_command(tmp_path, files):
-    _repository(tmp_path, files)
-    assert records.sources_hash(tmp_path) == _shell_hash(tmp_path)
-
-
-def test_sources_hash_of_this_repository():
-    if not (records.ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    assert records.sources_hash() == _shell_hash(records.ROOT)
-
-
-def test_sources_hash_follows_contents_not_untracked_files(tmp_path):
-    _repository(tmp_path, {"csrc/a.h": b"one"})
-    before = records.sources_hash(tmp_path)
-    (tmp_path / "csrc/untracked.h").write_text("x")
-    assert records.sources_hash(tmp_path) == before
-    (tmp_path / "csrc/a.h").write_text("two")
-    assert records.sources_hash(tmp_path) != before
-
-
-def test_without_git_the_hash_has_to_be_given(tmp_path, monkeypatch):
+def test_no_commit_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(RuntimeError, match="--sources"):
-        records.sources_hash(tmp_path)
+    assert records.head_commit(tmp_path) is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="--sources"):
-        records.sources_hash(tmp_path)
     assert records.head_commit(tmp_path) is None
 
 

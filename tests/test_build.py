@@ -61,6 +61,20 @@ def test_sources_hash_is_sha256sums() -> None:
     assert etap_build.sources_hash() == hashlib.sha256(lines).hexdigest()
 
 
+def test_sources_hash_follows_names_and_contents(tmp_path: Path) -> None:
+    files = {"csrc/a.h": "one", "csrc/B.cu": "two", "csrc/deep/er/c d.cuh": "", "csrcs/not": "x", "other": "y"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    before = etap_build.sources_hash(tmp_path)
+    (tmp_path / "other").write_text("z")
+    assert etap_build.sources_hash(tmp_path) == before
+    (tmp_path / "csrc/a.h").write_text("three")
+    changed = etap_build.sources_hash(tmp_path)
+    (tmp_path / "csrc/a.h").rename(tmp_path / "csrc/b.h")
+    assert len({before, changed, etap_build.sources_hash(tmp_path)}) == 3
+
+
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ETAP_TORCH_DIR", str(tmp_path))
     with pytest.raises(etap_build.Unbuildable, match="ETAP_TORCH_DIR"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from etap_integration import ops, supports
 from etap_integration.dispatch import Machine, calls, choose, decision
 from etap_integration.dispatch.calls import FA3_VARLEN, KVCACHE, SGL_VARLEN, VLLM_VARLEN, Call, Normaliser
-from etap_integration.dispatch.decision import Decider, Limits, Rule, neutral
+from etap_integration.dispatch.decision import Limits, Rule, decide, neutral
 
 
 def normaliser(module: str, name: str, interface: calls.Interface, machine: Any = hopper) -> Normaliser:
@@ -35,19 +35,21 @@ def call(**changes: Any) -> Call:
 
 
 def decided(one: Call, limits: Limits | None = None) -> str:
-    """The reason by `supports`, which `Decider` must share, with what `choose` adds, the first time and from memory."""
+    """The reason by `supports`, which `decide` must share."""
     limits = limits or Limits()
     ok, reason = supports(one, limits)
     assert ok == (reason == decision.SUPPORTED)
-    decide = Decider(limits)
-    ours, why = choose(one) if ok else (False, reason)
-    assert decide(one) == decide(one) == (None if ours else why)
+    assert decide(one, replace(limits, only_where_faster=False)) == (None if ok else reason)
     return reason
 
 
+def caches(rows: int) -> dict[str, Any]:
+    kv = torch.zeros(rows, 100, 1, 576, dtype=BF16)
+    return {"k_cache": kv[..., 512:], "v_cache": kv[..., :512]}
+
+
 def unpaged(**changes: Any) -> dict[str, Any]:
-    kv = torch.zeros(2, 100, 1, 576, dtype=BF16)
-    return {"page_table": None, "k_cache": kv[..., 512:], "v_cache": kv[..., :512], "cache_seqlens": 100} | changes
+    return {"page_table": None, **caches(2), "cache_seqlens": 100} | changes
 
 
 GOOD = [
@@ -66,6 +68,8 @@ GOOD = [
     {"page_size": 1, "pages": 64},
     unpaged(),
     unpaged(cache_seqlens=torch.zeros(2, dtype=I32)),
+    unpaged(cache_batch_idx=torch.zeros(2, dtype=I32)),
+    unpaged(cache_batch_idx=torch.zeros(2, dtype=I32), **caches(7)),
 ]
 
 
@@ -88,7 +92,8 @@ def rejected() -> list[tuple[str, dict[str, Any]]]:
         ("softcap", {"softcap": one}),
         ("attention_chunk", {"attention_chunk": 64}),
         ("cache_leftpad", {"cache_leftpad": one}),
-        ("cache_batch_idx", {"cache_batch_idx": one}),
+        ("cache_batch_idx with page_table", {"cache_batch_idx": zeros(2, dtype=I32)}),
+        ("cache_batch_idx is not an int32 tensor (batch,) on the queries' device", unpaged(cache_batch_idx=one)),
         ("rotary embedding", {"rotary_cos": one}),
         ("rotary embedding", {"rotary_sin": one}),
         ("new keys to append (k)", {"k": one}),
@@ -100,8 +105,8 @@ def rejected() -> list[tuple[str, dict[str, Any]]]:
         ("a dtype is neither bfloat16 nor float16", {"q": zeros(2, 1, 16, 64, dtype=torch.float32)}),
         ("q, qv and the caches differ in dtype", {"q": zeros(2, 1, 16, 64, dtype=torch.float16)}),
         ("q, qv and the caches are not all tensors", {"k_cache": [1]}),
-        ("too many query rows", {"sq": 3}),
-        ("too many query rows", {"heads": 33}),
+        ("too many query rows", {"sq": 5}),
+        ("too many query rows", {"heads": 65}),
         ("not 1 to 128 query heads", {"heads": 129}),
         ("no query tokens", {"sq": 0}),
         ("more than one KV head", {"k_cache": zeros(16, 4, 2, 64), "v_cache": zeros(16, 4, 2, 512)}),
@@ -262,21 +267,18 @@ def test_rules_choose() -> None:
     assert choose(call(heads=32), (losing,))[0]
 
 
+def test_measured_rules() -> None:
+    more = call(heads=33)
+    assert supports(more)[0] and choose(more) == (False, "more than 32 query rows: upstream is faster")
+    assert decide(more) == "more than 32 query rows: upstream is faster"
+    assert decide(call(heads=32)) is decide(more, Limits(only_where_faster=False)) is None
+
+
 def test_length_bounds_come_from_the_host() -> None:
     assert call().length_bound == 32
     assert call(cache_seqlens=7).length_bound == 7
     assert NORMALISE["vllm"]((), vllm_call()).length_bound == 40
     assert NORMALISE["vllm"]((), vllm_call() | {"max_seqlen_k": 10**6}).length_bound == 48
-
-
-def test_memory_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decider, "CAPACITY", 3)
-    decide = Decider()
-    for pages in range(4, 14):
-        assert decide(call(pages=pages, cache_seqlens=0)) is None
-        assert len(decide._seen) <= 3
-    assert decide(call(cache_seqlens=32)) is None
-    assert decide(call(cache_seqlens=33)) == "cache_seqlens exceeds the cache"  # same shapes
 
 
 SIZES = st.sampled_from([0, 1, 2, 3, 16, 64, 65, 128, 512])
@@ -309,6 +311,7 @@ def any_call(draw: st.DrawFn) -> Call:
         draw(st.one_of(st.none(), st.integers(0, 4), st.just("x"))) if draw(st.booleans()) else sq,
         draw(st.sampled_from([0.1, 0.1, 1, 0, -1.0, None, float("nan"), float("inf")])),
         out=draw(st.one_of(st.none(), st.none(), tensors(*q, 512))),
+        cache_batch_idx=draw(st.one_of(st.none(), st.none(), tensors(batch, dtype=I32))),
         machine=HOPPER,
     )  # fmt: skip
     return made
@@ -322,5 +325,5 @@ def test_the_operator_takes_whatever_is_supported(one: Call) -> None:
         ops._check_arguments(
             one.q_nope, one.q_rope, one.v_cache.squeeze(2), one.k_cache.squeeze(2), one.page_table, one.cache_seqlens,
             one.cu_seqlens_q, one.max_seqlen_q if one.cu_seqlens_q is not None else None, one.softmax_scale,
-            bool(one.causal), one.out, bool(one.return_lse), None, None,
+            bool(one.causal), one.out, bool(one.return_lse), None, None, one.cache_batch_idx,
         )  # fmt: skip

@@ -73,7 +73,7 @@ def test_the_second_enable_changes_nothing(fa3: ModuleType, options: dict[str, A
 
 def test_enabling_again_with_other_options_is_refused(fa3: ModuleType, options: dict[str, Any]) -> None:
     enable(FA3, **options)
-    with pytest.raises(ValueError, match=r"enabled already.*max_rows=32.*disable\(\) first"):
+    with pytest.raises(ValueError, match=r"enabled already.*max_rows=64.*disable\(\) first"):
         enable(FA3, **options, max_rows=16)
     assert getattr(fa3, F)(**kvcache_call(heads=24)) == "out"
 

@@ -42,8 +42,7 @@ STAND_INS = {
     """,
     "cutlass/fast_math.h": """
         #pragma once
-        namespace cutlass { struct FastDivmod { int divisor = 0; FastDivmod() = default;
-                                                explicit FastDivmod(int d) : divisor(d) {} }; }
+        namespace cutlass { struct FastDivmod {}; }
     """,
     "flash.h": """
         #pragma once
@@ -117,7 +116,6 @@ template <class T> void show(char const* name, T const& value) {
 static void show(char const* name, etap::RowStrides const& s) {
   g_seen << ", \"" << name << "\": [" << s.batch << "," << s.token << "," << s.head << "]";
 }
-static void show(char const* name, cutlass::FastDivmod const& d) { show(name, d.divisor); }
 
 namespace etap {
 size_t workspace_bytes(LaunchConfig const& c) { return 4096 + c.num_ctas * c.row_tile; }
@@ -179,8 +177,8 @@ extern "C" char const* shim_call(char const* text) {
 """
 
 SEEN = """
-    batch num_heads heads_divmod q_len cu_seqlens_q cache_seqlens causal scale_log2 q_nope q_rope q_nope_stride
-    q_rope_stride ckv kpe ckv_page_stride ckv_row_stride kpe_page_stride kpe_row_stride num_pages page_size page_divmod
+    batch num_heads q_len cu_seqlens_q cache_seqlens causal scale_log2 q_nope q_rope q_nope_stride
+    q_rope_stride ckv kpe ckv_page_stride ckv_row_stride kpe_page_stride kpe_row_stride num_pages page_size
     capacity page_table cache_batch_idx page_table_stride max_pages out out_stride out_fp32 lse lse_stride lse_unit
     merge_count
 """.split()
@@ -304,7 +302,7 @@ def adapter(library: Path, monkeypatch) -> Adapter:
     made = Adapter(library)
     made.c.etap_fa3_set_mode(AUTO)
     made.c.etap_fa3_set_max_rows(64)
-    made.c.etap_fa3_set_p_parts(2)
+    made.c.etap_fa3_set_p_parts(0)
     made.c.etap_fa3_reset_counts()
     return made
 
@@ -320,13 +318,13 @@ def test_paged_call(adapter: Adapter) -> None:
     assert seen.pop("workspace_bytes") >= 4096
     assert seen == {
         "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "merge_count": 0x9000,
-        "fp16": 0, "row_tile": 32, "p_parts": 2, "num_ctas": 100,
-        "batch": 3, "num_heads": 16, "heads_divmod": 16, "q_len": 2, "cu_seqlens_q": 0, "cache_seqlens": 0x7000,
+        "fp16": 0, "row_tile": 32, "p_parts": 0, "num_ctas": 100,
+        "batch": 3, "num_heads": 16, "q_len": 2, "cu_seqlens_q": 0, "cache_seqlens": 0x7000,
         "causal": 1,
         "q_rope": 0x1000, "q_rope_stride": [2048, 1024, 64], "q_nope": 0x8000, "q_nope_stride": [16384, 8192, 512],
         "ckv": 0x20000, "ckv_page_stride": 2304, "ckv_row_stride": 576,
         "kpe": 0x20400, "kpe_page_stride": 2304, "kpe_row_stride": 576,
-        "num_pages": 50, "page_size": 4, "page_divmod": 4, "capacity": 28, "max_pages": 7,
+        "num_pages": 50, "page_size": 4, "capacity": 28, "max_pages": 7,
         "page_table": 0x6000, "page_table_stride": 9, "cache_batch_idx": 0,
         "out": 0x3000, "out_stride": [16384, 8192, 512], "out_fp32": 0, "lse": 0x4000, "lse_stride": [32, 1, 2],
     }  # fmt: skip
@@ -362,8 +360,8 @@ def test_configuration(adapter: Adapter) -> None:
         assert adapter.run(call)["row_tile"] == tile
         assert adapter.run(call)["causal"] == (q_len > 1)
     assert adapter.run(Call(num_sm=1000))["num_ctas"] <= 256  # what the workspace has counters for
-    assert adapter.c.etap_fa3_set_p_parts(1) == 2 and adapter.run(Call())["p_parts"] == 1
-    assert adapter.c.etap_fa3_set_p_parts(3) == -1
+    assert adapter.c.etap_fa3_set_p_parts(1) == 0 and adapter.run(Call())["p_parts"] == 1
+    assert adapter.c.etap_fa3_set_p_parts(3) == adapter.c.etap_fa3_set_p_parts(-1) == -1
 
 
 # What is not ----------------------------------------------------------------------------------------------------------

@@ -30,22 +30,25 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     calls: list[tuple] = []
 
     def kernel(*args) -> None:
+        args = (*args, None) if len(args) == 14 else args  # torch drops a trailing default
         calls.append(args)
-        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts = args
+        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, index = args
         options = {
             "cu_seqlens_q": cu,
             "softmax_scale": scale,
             "causal": causal,
-            "p_parts": parts,
+            "p_parts": parts or 2,
             "out_dtype": out.dtype,
         }
+        if index is not None:
+            ckv, kpe = ckv[index.long()], kpe[index.long()]
         result, result_lse = numerics.etap_model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
         assert max_q >= max(numerics.query_lengths(q_nope, cu))
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
 
-    monkeypatch.setattr(ops, "_check_device", lambda device, num_ctas, parts: parts or 2)
+    monkeypatch.setattr(ops, "_check_device", lambda device, num_ctas: None)
     monkeypatch.setattr(ops, "_LOAD_FAILURE", None)
     with torch.library._scoped_library("etap", "FRAGMENT") as library:
         library.impl("mla_decode", kernel, "CPU")
@@ -69,12 +72,12 @@ def test_defaults(stand_in: list[tuple]) -> None:
     built = build(Problem(lengths=(70, 3)), "cpu")
     out = mla_decode(*built.args)
     assert isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16
-    *_, table, lengths, cu, max_q, scale, causal, passed, lse, num_ctas, parts = stand_in[0]
-    assert (cu, max_q, causal, lse, num_ctas, parts) == (None, 1, False, None, 0, 2)
+    *_, table, lengths, cu, max_q, scale, causal, passed, lse, num_ctas, parts, index = stand_in[0]
+    assert (cu, max_q, causal, lse, num_ctas, parts, index) == (None, 1, False, None, 0, 0, None)
     assert math.isclose(scale, 576**-0.5) and passed is out and table is built.args[4]
     assert lengths.dtype == torch.int32 and lengths.tolist() == [70, 3]
     mla_decode(*built.args, num_ctas=78, precise=False)
-    assert stand_in[1][-2:] == (78, 1)
+    assert stand_in[1][-3:-1] == (78, 1)
 
 
 @pytest.mark.parametrize("lengths", [70, [70, 70], (70, 70), torch.tensor([70, 70])], ids=str)
@@ -82,6 +85,19 @@ def test_lengths_from_the_host(lengths, stand_in: list[tuple]) -> None:
     built = build(Problem(lengths=(70, 70)), "cpu")
     mla_decode(*built.args[:5], lengths)
     assert stand_in[0][5].dtype == torch.int32 and stand_in[0][5].tolist() == [70, 70]
+
+
+def test_cache_batch_idx(stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(70, 3, 20), page_size=0, poison=0.0), "cpu")
+    q_nope, q_rope, ckv, kpe, table, lengths = built.args
+    assert table is None
+    expected = mla_decode(*built.args)
+    place = torch.tensor([4, 0, 3], dtype=torch.int32)
+    scattered = [torch.full((5, *cache.shape[1:]), math.nan, dtype=cache.dtype) for cache in (ckv, kpe)]
+    for new, cache in zip(scattered, (ckv, kpe), strict=True):
+        new[place.long()] = cache
+    out = mla_decode(q_nope, q_rope, *scattered, None, lengths, cache_batch_idx=place)
+    assert torch.equal(out, expected) and stand_in[1][-1] is place
 
 
 def test_empty_batches_launch_nothing(stand_in: list[tuple]) -> None:
@@ -136,7 +152,8 @@ def test_device_check_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(x: torch.Tensor) -> torch.Tensor:
-        return x * ops._check_device(torch.device("cuda", 0), 78, 0)
+        ops._check_device(torch.device("cuda", 0), 78)
+        return x * 1
 
     assert step(torch.ones(1)).item() == 1
 

@@ -15,7 +15,7 @@ struct RowStrides {  // of a tensor indexed (batch, token, head, column); ragged
 struct MlaDecodeParams {
   // problem
   int batch, num_heads;
-  cutlass::FastDivmod heads_divmod;
+  cutlass::FastDivmod heads_divmod;  // by num_heads; set by launch_mla_decode, as page_divmod
   int q_len;                    // tokens per request, or the most of any request when ragged
   int const* cu_seqlens_q;      // [batch + 1] or null
   int const* cache_seqlens;     // [batch]; below 0 counts as 0, above the capacity as the capacity

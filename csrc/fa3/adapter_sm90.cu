@@ -20,7 +20,7 @@ enum Mode { kAuto, kAlways, kNever, kNumModes };
 constexpr char const* kModes[kNumModes] = {"auto", "always", "never"};
 constexpr int kUnread = -2, kInvalid = -1;  // of the mode: ETAP_FA3 was not looked at yet, or means nothing
 constexpr int kDefaultMaxRows = 32;         // beyond, the kernel reads the cache more than once
-constexpr int kDefaultPParts = 2;
+constexpr int kDefaultPParts = 0;           // as the GPU's default is
 
 std::atomic<int> g_mode{kUnread};
 std::atomic<int> g_max_rows{kDefaultMaxRows};
@@ -77,8 +77,6 @@ bool accept(Call const& call) {
 
 void launch(Call const& call, int device, cudaStream_t stream) {
   MlaDecodeParams params = call.params;
-  params.heads_divmod = cutlass::FastDivmod(params.num_heads);
-  params.page_divmod = cutlass::FastDivmod(params.page_size);
   LaunchConfig config;
   config.dtype = call.is_bf16 ? Dtype::kBf16 : Dtype::kFp16;
   config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len);
@@ -112,9 +110,10 @@ ETAP_EXPORT int etap_fa3_set_max_rows(int rows) {
   return rows < 0 ? -1 : etap::fa3::g_max_rows.exchange(rows, std::memory_order_relaxed);
 }
 
-// 2: P in a high and a low 16-bit part; 1: rounded. Returns the previous number, or -1 for another one.
+// 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20. Returns the previous number, or
+// -1 for another one.
 ETAP_EXPORT int etap_fa3_set_p_parts(int parts) {
-  return parts != 1 && parts != 2 ? -1 : etap::fa3::g_p_parts.exchange(parts, std::memory_order_relaxed);
+  return parts < 0 || parts > 2 ? -1 : etap::fa3::g_p_parts.exchange(parts, std::memory_order_relaxed);
 }
 
 // Reasons are numbered from 0, "taken".

@@ -77,7 +77,7 @@ struct Call {
 
   bool is_bf16;
   int num_sm;              // after sm_margin
-  MlaDecodeParams params;  // all but the divisors and the workspace
+  MlaDecodeParams params;  // all but the workspace and what launch_mla_decode fills in
 };
 
 // Whether every row of a (batch, token, head, column) tensor of 16-bit elements begins at a multiple of 16 bytes.

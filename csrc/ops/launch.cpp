@@ -68,6 +68,16 @@ bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaD
          (p.num_pages == 1 || fits(page_stride));
 }
 
+cudaError_t resolve_p_parts(int given, int* p_parts) {
+  *p_parts = given;
+  if (given != 0) return cudaSuccess;
+  int device = 0, sms = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) *p_parts = default_p_parts(sms);
+  return status;
+}
+
 size_t partial_floats(LaunchConfig const& config) { return 2 * size_t(config.num_ctas) * config.row_tile * kLatentDim; }
 
 }  // namespace
@@ -94,15 +104,20 @@ void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* wo
 }
 
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {
+  params.heads_divmod = cutlass::FastDivmod(params.num_heads);
+  params.page_divmod = cutlass::FastDivmod(params.page_size);
   params.box_rows = tma_box_rows(params);
   auto const aligned = [](void const* base, int64_t row, int64_t page) {
     return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row % 8 == 0 && page % 8 == 0;
   };
   params.gather_16b = aligned(params.ckv, params.ckv_row_stride, params.ckv_page_stride) &&
                       aligned(params.kpe, params.kpe_row_stride, params.kpe_page_stride);
+  int p_parts = 0;
+  cudaError_t status = resolve_p_parts(config.p_parts, &p_parts);
+  if (status != cudaSuccess) return status;
   CUtensorMap ckv_map{}, kpe_map{};
   if (params.box_rows) {
-    cudaError_t status = encode_cache(&ckv_map, config.dtype, params.ckv, kLatentDim, params, params.ckv_page_stride,
+    status = encode_cache(&ckv_map, config.dtype, params.ckv, kLatentDim, params, params.ckv_page_stride,
                                       params.ckv_row_stride);
     if (status == cudaSuccess) {
       status = encode_cache(&kpe_map, config.dtype, params.kpe, kRopeDim, params, params.kpe_page_stride,
@@ -111,8 +126,7 @@ cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config
     if (status != cudaSuccess) return status;
   }
   int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : 2;
-  return kLaunchers[config.dtype == Dtype::kFp16][index](config.p_parts, params, ckv_map, kpe_map, config.num_ctas,
-                                                         stream);
+  return kLaunchers[config.dtype == Dtype::kFp16][index](p_parts, params, ckv_map, kpe_map, config.num_ctas, stream);
 }
 
 }  // namespace etap

@@ -30,10 +30,12 @@ bool rows_aligned(at::Tensor const& t) {
 }
 
 void check_cache(char const* name, at::Tensor const& t, int64_t width, at::Tensor const& q) {
-  TORCH_CHECK(t.dim() == 3 && t.size(2) == width, name, " must be (pages, page_size, ", width, "), got ", t.sizes());
+  bool const one_head = t.dim() == 4 && t.size(2) == 1;  // as the upstream interfaces have it
+  TORCH_CHECK((t.dim() == 3 || one_head) && t.size(-1) == width, name, " must be (pages, page_size, ", width,
+              ") or (pages, page_size, 1, ", width, "), got ", t.sizes());
   TORCH_CHECK(t.scalar_type() == q.scalar_type(), name, " must have q_nope's dtype ", q.scalar_type(), ", got ",
               t.scalar_type());
-  TORCH_CHECK(t.stride(2) == 1, name, " must be contiguous in its last dimension, got strides ", t.strides());
+  TORCH_CHECK(t.stride(-1) == 1, name, " must be contiguous in its last dimension, got strides ", t.strides());
   TORCH_CHECK(t.device() == q.device(), name, " must be on ", q.device(), ", got ", t.device());
 }
 
@@ -50,7 +52,7 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
                 at::Tensor const& kpe_cache, std::optional<at::Tensor> const& page_table,
                 at::Tensor const& cache_seqlens, std::optional<at::Tensor> const& cu_seqlens_q, int64_t max_seqlen_q,
                 double softmax_scale, bool causal, at::Tensor& out, std::optional<at::Tensor> lse, int64_t num_ctas,
-                int64_t p_parts) {
+                int64_t p_parts, std::optional<at::Tensor> const& cache_batch_idx) {
   bool const ragged = cu_seqlens_q.has_value();
   TORCH_CHECK(q_nope.is_cuda(), "q_nope must be a CUDA tensor, got ", q_nope.device());
   TORCH_CHECK(q_nope.scalar_type() == at::kBFloat16 || q_nope.scalar_type() == at::kHalf,
@@ -70,13 +72,14 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   TORCH_CHECK(out.sizes() == q_nope.sizes() && out.device() == q_nope.device() &&
                   (out.scalar_type() == q_nope.scalar_type() || out.scalar_type() == at::kFloat) && rows_aligned(out),
               "out must have q_nope's shape and device, its dtype or float32, and 16-byte aligned rows");
-  TORCH_CHECK(p_parts == 1 || p_parts == 2, "p_parts must be 1 or 2, got ", p_parts);
+  TORCH_CHECK(p_parts >= 0 && p_parts <= 2, "p_parts must be 1 or 2, or 0 for the GPU's default, got ", p_parts);
   TORCH_CHECK(num_ctas >= 0 && num_ctas <= kMaxCtas, "num_ctas must be 0 to ", kMaxCtas, ", got ", num_ctas);
 
   MlaDecodeParams params{};
   params.cache_seqlens = int32_data("cache_seqlens", cache_seqlens, q_nope, 1);
   params.cu_seqlens_q = int32_data("cu_seqlens_q", cu_seqlens_q, q_nope, 1);
   params.page_table = int32_data("page_table", page_table, q_nope, 2);
+  params.cache_batch_idx = int32_data("cache_batch_idx", cache_batch_idx, q_nope, 1);
   params.batch = static_cast<int>(cache_seqlens.size(0));
   params.num_heads = static_cast<int>(q_nope.size(-2));
   if (params.batch == 0 || q_nope.numel() == 0) return;
@@ -91,6 +94,10 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   if (page_table) {
     TORCH_CHECK(page_table->size(0) == params.batch, "page_table must have ", params.batch, " rows, got ",
                 page_table->size(0));
+    TORCH_CHECK(!cache_batch_idx, "cache_batch_idx goes with an unpaged cache, not with a page_table");
+  } else if (cache_batch_idx) {
+    TORCH_CHECK(cache_batch_idx->size(0) == params.batch, "cache_batch_idx must have one entry per request (",
+                params.batch, "), got ", cache_batch_idx->size(0));
   } else {
     TORCH_CHECK(ckv_cache.size(0) >= params.batch, "an unpaged ckv_cache must have one row per request (", params.batch,
                 "), got ", ckv_cache.size(0));
@@ -103,7 +110,6 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
 
   at::Tensor const nope = rows_aligned(q_nope) ? q_nope : q_nope.clone(at::MemoryFormat::Contiguous);
   at::Tensor const rope = rows_aligned(q_rope) ? q_rope : q_rope.clone(at::MemoryFormat::Contiguous);
-  params.heads_divmod = cutlass::FastDivmod(params.num_heads);
   params.q_len = static_cast<int>(max_seqlen_q);
   params.causal = causal && max_seqlen_q > 1;
   // A scale of 0 would turn a mask's -inf into NaN.
@@ -122,7 +128,6 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   params.page_size = static_cast<int>(ckv_cache.size(1));
   params.page_table_stride = page_table ? page_table->stride(0) : 0;
   params.max_pages = page_table ? static_cast<int>(page_table->size(1)) : 0;
-  params.page_divmod = cutlass::FastDivmod(params.page_size);
   params.capacity = static_cast<int>(std::min<int64_t>(
       page_table ? int64_t(params.max_pages) * params.page_size : params.page_size, std::numeric_limits<int>::max()));
   params.out = out.mutable_data_ptr();
@@ -156,7 +161,7 @@ TORCH_LIBRARY_FRAGMENT(etap, m) {
   m.def(
       "mla_decode(Tensor q_nope, Tensor q_rope, Tensor ckv_cache, Tensor kpe_cache, Tensor? page_table, "
       "Tensor cache_seqlens, Tensor? cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, "
-      "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts) -> ()");
+      "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts, Tensor? cache_batch_idx=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(etap, CUDA, m) { m.impl("mla_decode", &etap::mla_decode); }

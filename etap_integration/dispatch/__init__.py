@@ -90,6 +90,7 @@ _left_alone: list[str] = []
 def enable(
     *targets: str,
     max_rows: int = DEFAULT_MAX_ROWS,
+    only_where_faster: bool = True,
     strict: bool | None = None,
     operator: Callable[..., Any] | None = None,
     machine: Callable[[torch.device], Machine] | None = None,
@@ -100,6 +101,7 @@ def enable(
       targets: names from `TARGETS`; none: all that are installed, which imports them. A target that is named must be
         there, one that is not named is passed over and `status()` says why.
       max_rows: calls with more query rows (tokens of the longest request times heads) stay with upstream.
+      only_where_faster: leave to upstream what `choose` says it is faster at. False: run all that ETAP can compute.
       strict: raise FallbackError instead of leaving an MLA call to upstream. None: ETAP_STRICT=1 in the environment.
       operator: runs in place of `mla_decode`, with its arguments. machine: answers in place of the real devices.
 
@@ -111,7 +113,7 @@ def enable(
         parameters it is known by. Nothing was patched then.
       ValueError: an unknown name; max_rows below 1; or enabled already, with other options.
     """
-    options = _options(max_rows, strict, operator, machine)
+    options = _options(max_rows, only_where_faster, strict, operator, machine)
     found = _resolve(targets)
     with _LOCK:
         for name in found:
@@ -139,12 +141,13 @@ def disable(*targets: str) -> tuple[str, ...]:
 def patched(
     *targets: str,
     max_rows: int = DEFAULT_MAX_ROWS,
+    only_where_faster: bool = True,
     strict: bool | None = None,
     operator: Callable[..., Any] | None = None,
     machine: Callable[[torch.device], Machine] | None = None,
 ) -> Iterator[None]:
     """As `enable`, for the length of a with block, whose options hold inside it. Blocks may nest and overlap."""
-    options = _options(max_rows, strict, operator, machine)
+    options = _options(max_rows, only_where_faster, strict, operator, machine)
     found, token = _resolve(targets), object()
     with _LOCK:
         _hold(found, token, options, by_name=bool(targets))
@@ -217,11 +220,11 @@ def reset_counts() -> None:
     TALLY.clear()
 
 
-def _options(max_rows: int, strict: bool | None, operator: Any, machine: Any) -> Options:
+def _options(max_rows: int, only_where_faster: bool, strict: bool | None, operator: Any, machine: Any) -> Options:
     Limits(max_rows)  # checks it
     if strict is None:
         strict = os.environ.get("ETAP_STRICT", "0") not in ("", "0")
-    return Options(max_rows, strict, operator, machine)
+    return Options(max_rows, only_where_faster, strict, operator, machine)
 
 
 def _check_names(names: tuple[str, ...]) -> None:

@@ -67,7 +67,13 @@ _VARLEN = MappingProxyType({**_COMMON, "k_cache": "k", "v_cache": "v", "cache_se
 _NEEDED = ("q_rope", "q_nope", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "return_lse")
 
 KVCACHE = Interface(
-    {**_COMMON, "k_cache": "k_cache", "v_cache": "v_cache", "return_lse": "return_softmax_lse"},
+    {
+        **_COMMON,
+        "k_cache": "k_cache",
+        "v_cache": "v_cache",
+        "return_lse": "return_softmax_lse",
+        "cache_batch_idx": "cache_batch_idx",
+    },
     required=(*_NEEDED, "page_table", "cu_seqlens_q", "max_seqlen_q"),
     scale_includes_qv=True,
     after_lse=2,
@@ -99,6 +105,7 @@ class Call:
     cu_seqlens_q    (batch + 1,) int32 where the queries are ragged, with `max_seqlen_q`
     softmax_scale   None: upstream's default was resolved into a number already, where there is one
     causal, out, return_lse   as the operator's
+    cache_batch_idx (batch,) int32: the caches' row of each request, or None
     others          every other keyword that has a say: those passed, and those whose default in the installed function
                     is not neutral; name -> value
     machine         of q_rope's device
@@ -117,6 +124,7 @@ class Call:
     causal: Any = False
     out: Any = None
     return_lse: Any = False
+    cache_batch_idx: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
     machine: Machine = NOT_CUDA
     malformed: str | None = None
@@ -156,7 +164,17 @@ class Call:
 
     def describe(self) -> str:
         """Shapes and keywords in one line, for a log."""
-        fields = ("q_rope", "q_nope", "k_cache", "v_cache", "page_table", "cache_seqlens", "cu_seqlens_q", "out")
+        fields = (
+            "q_rope",
+            "q_nope",
+            "k_cache",
+            "v_cache",
+            "page_table",
+            "cache_seqlens",
+            "cu_seqlens_q",
+            "out",
+            "cache_batch_idx",
+        )
         parts = [f"{name} {_brief(getattr(self, name))}" for name in fields if getattr(self, name) is not None]
         parts += [f"{name}={_brief(value)}" for name, value in self.others.items() if value is not None]
         return ", ".join(parts)
@@ -202,7 +220,7 @@ class Normaliser:
         defaults = {n: p.default for n, p in parameters.items() if p.default is not empty}
         order = (  # Call's fields
             "q_rope", "q_nope", "k_cache", "v_cache", "page_table", "cache_seqlens", "cu_seqlens_q", "max_seqlen_q",
-            "softmax_scale", "causal", "out", "return_lse",
+            "softmax_scale", "causal", "out", "return_lse", "cache_batch_idx",
         )  # fmt: skip
         names = [present.get(role, role) for role in order]
         self._fields = itemgetter(*names)
@@ -211,6 +229,10 @@ class Normaliser:
         self._mandatory = frozenset(n for n, p in parameters.items() if n in self.positional and p.default is empty)
         self.qv_name = interface.roles["q_nope"]
         self.qv_index = self.positional.index(self.qv_name) if self.qv_name in self.positional else len(self.positional)
+
+    def default(self, name: str) -> Any:
+        """The default of one of `Call`'s parameters; None where it has none."""
+        return self._core_defaults.get(name)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call `function(*args, **kwargs)`. Never raises for what the arguments hold."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,18 @@ from typing import Any
 import torch
 
 from etap_integration.dispatch.calls import Call, Interface, Machine, Normaliser, machine_of
-from etap_integration.dispatch.decision import DEFAULT_MAX_ROWS, NOT_MLA, Decider, Limits, neutral
+from etap_integration.dispatch.decision import (
+    DEFAULT_MAX_ROWS,
+    GRADIENTS,
+    NOT_MLA,
+    Limits,
+    choose,
+    keyword_reason,
+    neutral,
+    slower,
+    supports,
+)
+from etap_integration.dispatch.repeats import TENSORS, Facts, Repeats
 
 log = logging.getLogger("etap_integration.dispatch")
 
@@ -27,6 +37,7 @@ class Options:
     """What `enable` and `patched` take beside targets. `operator` and `machine` None: the real ones."""
 
     max_rows: int = DEFAULT_MAX_ROWS
+    only_where_faster: bool = True
     strict: bool = False
     operator: Callable[..., Any] | None = None
     machine: Callable[[torch.device], Machine] | None = None
@@ -38,7 +49,7 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._etap = 0
-        self._fallbacks: Counter[str] = Counter()
+        self._fallbacks: dict[str, int] = {}
         self._logged: set[tuple[str, str]] = set()
 
     def dispatched(self) -> None:
@@ -49,7 +60,7 @@ class Tally:
     def fell_back(self, reason: str) -> None:
         """Counts a call left to upstream."""
         with self._lock:
-            self._fallbacks[reason] += 1
+            self._fallbacks[reason] = self._fallbacks.get(reason, 0) + 1
 
     def first(self, where: str, reason: str) -> bool:
         """True the first time only."""
@@ -57,6 +68,10 @@ class Tally:
             known = (where, reason) in self._logged
             self._logged.add((where, reason))
             return not known
+
+    def known(self, where: str, reason: str) -> bool:
+        """Whether `first` was asked about it already."""
+        return (where, reason) in self._logged
 
     def read(self) -> tuple[int, dict[str, int]]:
         """Calls on ETAP, and those left to upstream by reason."""
@@ -81,38 +96,73 @@ class Engine:
     """Options made ready for the calls of one function."""
 
     def __init__(self, function: Callable[..., Any], interface: Interface, options: Options) -> None:
-        operator = options.operator
-        if operator is None:
-            from etap_integration.ops import mla_decode
+        from etap_integration import ops
 
-            operator = mla_decode
         self.options = options
-        self.operator: Callable[..., Any] = operator
+        self.operator: Callable[..., Any] = options.operator or ops.mla_decode
+        # The real operator need not check again what it let through; ETAP_CHECK reads contents, so it goes on checking.
+        self._checked: Callable[..., Any] | None = None
+        if options.operator is None and not ops.checks_contents():
+            self._checked = ops.mla_decode_checked
         self.normalise = Normaliser(function, interface, options.machine or machine_of, neutral)
-        self.decide = Decider(Limits(options.max_rows))
+        self.limits = Limits(options.max_rows, options.only_where_faster)
+        self.repeats = Repeats(self.normalise)
         self.strict = options.strict
         self.after_lse = (None,) * interface.after_lse
 
     def run(self, call: Call) -> Any:
         """The operator on `call`; the result as upstream returns it."""
-        ragged = call.cu_seqlens_q is not None
-        margin = call.others.get("sm_margin", 0)
-        result = self.operator(
-            call.q_nope,
-            call.q_rope,
-            call.v_cache.squeeze(2),  # views: one KV head
-            call.k_cache.squeeze(2),
-            call.page_table,
-            call.cache_seqlens,
-            cu_seqlens_q=call.cu_seqlens_q,
-            max_seqlen_q=call.max_seqlen_q if ragged else None,
-            softmax_scale=call.softmax_scale,
-            causal=bool(call.causal),
-            out=call.out,
-            return_lse=bool(call.return_lse),
-            num_ctas=max(1, call.machine.sms - margin) if margin else None,
+        return self._runner(call)(*(getattr(call, name) for name in TENSORS))
+
+    def facts(self, call: Call, reason: str | None, ran: bool) -> Facts:
+        """What holds for every call like `call`. reason: why ETAP cannot compute it; ran: it did, without an error."""
+        if reason is not None:
+            return Facts(reason)
+        run = None
+        if ran:
+            run = self._runner(call) if self._checked is None else self._checked_runner(call, self._checked)
+        return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, run)
+
+    def _runner(self, call: Call) -> Callable[..., Any]:
+        """Runs the operator on the tensors (`TENSORS`) of calls like `call`, none of which it keeps."""
+        operator, scale, causal, return_lse = (
+            self.operator,
+            call.softmax_scale,
+            bool(call.causal),
+            bool(call.return_lse),
         )
-        return (*result, *self.after_lse) if call.return_lse else result
+        max_q = call.max_seqlen_q if call.cu_seqlens_q is not None else None
+        num_ctas, after_lse = _num_ctas(call) or None, self.after_lse
+
+        def run(q, qv, k, v, out, table, lengths, cu, index):
+            result = operator(
+                qv, q, v.squeeze(2), k.squeeze(2), table, lengths,  # views: one KV head
+                cu_seqlens_q=cu, max_seqlen_q=max_q, softmax_scale=scale, causal=causal, out=out,
+                return_lse=return_lse, num_ctas=num_ctas, cache_batch_idx=index,
+            )  # fmt: skip
+            return (*result, *after_lse) if return_lse else result
+
+        return run
+
+    def _checked_runner(self, call: Call, operator: Callable[..., Any]) -> Callable[..., Any]:
+        """The same with `ops.mla_decode_checked`."""
+        max_q, scale, causal = call.max_query, float(call.softmax_scale), bool(call.causal)
+        num_ctas, after_lse, lse_shape = _num_ctas(call), self.after_lse, None
+        if call.return_lse:
+            ragged = call.cu_seqlens_q is not None
+            lse_shape = (call.heads, call.q_nope.shape[0]) if ragged else (call.batch, call.heads, max_q)
+
+        def run(q, qv, k, v, out, table, lengths, cu, index):
+            result = operator(qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index)
+            return result if lse_shape is None else (*result, *after_lse)
+
+        return run
+
+
+def _num_ctas(call: Call) -> int:
+    """How many SMs the call may use; 0: all."""
+    margin = call.others.get("sm_margin", 0)
+    return max(1, call.machine.sms - margin) if margin else 0
 
 
 class Route:
@@ -127,7 +177,8 @@ class Route:
 
 
 def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
-    original, dispatched, fell_back = route.original, TALLY.dispatched, TALLY.fell_back
+    original, label = route.original, route.label
+    dispatched, fell_back, known = TALLY.dispatched, TALLY.fell_back, TALLY.known
 
     @functools.wraps(original)
     def routed(*args: Any, **kwargs: Any) -> Any:
@@ -137,19 +188,46 @@ def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
         if len(args) <= qv_index and kwargs.get(qv_name) is None:  # the bulk of an engine's other calls
             fell_back(NOT_MLA)
             return original(*args, **kwargs)
-        call = engine.normalise(args, kwargs)
-        reason = engine.decide(call)
-        if reason is None:
-            if observer is not None:
-                return observer(route, engine, call, args, kwargs)
-            dispatched()
-            return engine.run(call)
-        fell_back(reason)
-        _explain(route.label, reason, call, engine.strict)
-        return original(*args, **kwargs)
+        form = engine.repeats.form(args, kwargs) if observer is None else None
+        if form is not None:
+            values = [*args, *kwargs.values(), None]
+            facts = form.recall(values)
+            if facts is not None:
+                reason = facts.reason
+                if reason is None and engine.limits.only_where_faster:
+                    reason = slower(facts.rows, facts.batch, form.length_bound(values, facts), facts.sms)
+                if reason is None and facts.run is not None:
+                    dispatched()
+                    return facts.run(*form.tensors(values))
+                if reason is not None and known(label, reason) and not engine.strict:
+                    fell_back(reason)
+                    return original(*args, **kwargs)
+        return _decide(route, engine, args, kwargs)
 
     routed.__etap_route__ = route  # type: ignore[attr-defined]
     return routed
+
+
+def _decide(route: Route, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The long way of a call: the first of its kind, or one of a kind that cannot be remembered."""
+    call = engine.normalise(args, kwargs)
+    ran, result = False, None
+    supported, reason = supports(call, engine.limits)
+    if supported and (not engine.limits.only_where_faster or choose(call)[0]):
+        if observer is not None:
+            return observer(route, engine, call, args, kwargs)
+        TALLY.dispatched()
+        ran, result = True, engine.run(call)
+    by_values = not supported and reason == keyword_reason(call)
+    if reason != GRADIENTS:  # which come and go at the same shapes
+        engine.repeats.remember(call, args, kwargs, engine.facts(call, None if supported else reason, ran), by_values)
+    if ran:
+        return result
+    if supported:
+        reason = choose(call)[1]
+    TALLY.fell_back(reason)
+    _explain(route.label, reason, call, engine.strict)
+    return route.original(*args, **kwargs)
 
 
 def _explain(label: str, reason: str, call: Call, strict: bool) -> None:

@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
 IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+PATCHED = ("fa3-etap",)
 
 
 def _labelled(library: str) -> tuple[str | None, Path]:
@@ -50,7 +51,8 @@ def run(
         Path | None, typer.Option("--rivals", help="Folder with the rivals' libraries, as `build-rivals` makes them.")
     ] = None,
     impl: Annotated[
-        list[str] | None, typer.Option(help=f"Only these implementations: {', '.join(IMPLEMENTATIONS)}. Repeatable.")
+        list[str] | None,
+        typer.Option(help=f"Only these: {', '.join(IMPLEMENTATIONS)} (the default), {', '.join(PATCHED)}. Repeatable."),
     ] = None,
     match: Annotated[
         list[str] | None,
@@ -64,7 +66,9 @@ def run(
     num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs, or 78 emulated.")] = 0,
     p_parts: Annotated[int, typer.Option(help="16-bit parts our kernel splits P into; 0: 2, or 1 emulated.")] = 0,
     span_ms: Annotated[float, typer.Option(help="Device time spent on each call of each cell, in ms.")] = 40.0,
-    sources: Annotated[str | None, typer.Option(help="Hash of the kernel sources, where git is not at hand.")] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Hash of the kernel sources, where these are not the ones measured.")
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Commit measured, where git is not at hand.")] = None,
 ) -> None:
     """Measure a grid on this machine's GPU and append one row per implementation and cell."""
@@ -72,14 +76,15 @@ def run(
         rest = _without_libraries(sys.argv[1:])
         codes = [subprocess.call([sys.executable, "-m", "tools.bench", *rest, "--library", one]) for one in library]
         raise typer.Exit(max(codes))
-    if unknown := sorted(set(impl or ()) - set(IMPLEMENTATIONS)):
-        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(IMPLEMENTATIONS)}", param_hint="--impl")
+    if unknown := sorted(set(impl or ()) - {*IMPLEMENTATIONS, *PATCHED}):
+        known = ", ".join((*IMPLEMENTATIONS, *PATCHED))
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {known}", param_hint="--impl")
     if verify not in ("auto", "all", "none"):
         raise typer.BadParameter(f"{verify!r} is none of auto, all, none", param_hint="--verify")
     try:
         chosen = grids.named(grid).matching(match or ())
         sources = sources or records.sources_hash()
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if not torch.cuda.is_available():
         raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
@@ -115,15 +120,13 @@ def run(
 def show_report(
     files: Annotated[list[Path] | None, typer.Argument(help="Files of rows; default all recorded ones.")] = None,
     run_id: Annotated[str | None, typer.Option("--run", help="Report this run; default the last of each file.")] = None,
-    sources: Annotated[str | None, typer.Option(help="Hash of the kernel sources, where git is not at hand.")] = None,
+    sources: Annotated[
+        str | None, typer.Option(help="Hash of the kernel sources, where these are not the ones measured.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")] = None,
 ) -> None:
     """Print recorded rows as markdown tables; runs measured from other kernel sources are marked stale."""
-    try:
-        current = sources or records.sources_hash()
-    except RuntimeError:
-        current = None
-        typer.echo("without git and --sources, stale rows cannot be told", err=True)
+    current = sources or records.sources_hash()
     reasons_file = records.RESULTS / "reasons.json"
     reasons = json.loads(reasons_file.read_text()) if reasons_file.exists() else {}
     sections = []
@@ -144,16 +147,19 @@ def show_report(
 
 @app.command("build-rivals")
 def build_rivals(
-    which: Annotated[list[str] | None, typer.Argument(help="floor, flashinfer, fa3; default all three.")] = None,
+    which: Annotated[
+        list[str] | None, typer.Argument(help="floor, flashinfer, fa3, fa3-etap; default the first three.")
+    ] = None,
     throttled: Annotated[bool, typer.Option(help="Build the twins for the emulated H20.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Compilers to run at once.")] = 1,
 ) -> None:
     """Fetch the pinned upstream sources and build the rivals' libraries (about 12 minutes on 2 cores)."""
     builder = rivals.Builder(throttled=throttled, jobs=jobs, log=typer.echo)
-    steps = {"floor": builder.floor, "flashinfer": builder.flashinfer, "fa3": builder.fa3}
+    rivals_only = {"floor": builder.floor, "flashinfer": builder.flashinfer, "fa3": builder.fa3}
+    steps = {**rivals_only, "fa3-etap": builder.fa3_etap}
     if unknown := sorted(set(which or ()) - set(steps)):
         raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(steps)}")
-    for name in which or steps:
+    for name in which or rivals_only:
         if not (throttled and name == "floor"):
             steps[name]()
     typer.echo(f"libraries are in {rivals.library_dir()}")

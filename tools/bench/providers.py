@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .problem import DIM_LATENT, Inputs, Problem
-from .rivals import FLASHINFER_REQUIREMENT, H20_SMS, XFORMERS_REQUIREMENT, library_name
+from .rivals import FA3_ETAP_NAMESPACE, FLASHINFER_REQUIREMENT, H20_SMS, XFORMERS_REQUIREMENT, library_name
 
 Result = tuple[torch.Tensor, torch.Tensor]
 """Output (batch, q_len, heads, 512) and natural-log LSE (batch, heads, q_len)."""
@@ -112,12 +112,15 @@ class FlashAttention3(Provider):
 
     name = "fa3"
     upstream = XFORMERS_REQUIREMENT
+    namespace = "flash_attn_3"
 
     def __init__(self, rivals: Path, target: Target) -> None:
-        path = rivals / library_name("fa3", target.emulated)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.name} is missing; run `python -m tools.bench build-rivals`")
-        torch.ops.load_library(str(path.resolve()))
+        self.path = (rivals / library_name(self.name, target.emulated)).resolve()
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path.name} is missing; run `python -m tools.bench build-rivals {self.name}`"
+            )
+        torch.ops.load_library(str(self.path))
         self._sm_margin = target.device_sms - target.sms
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -132,13 +135,26 @@ class FlashAttention3(Provider):
             "page_table": inputs.page_table, "seqused_k": inputs.cache_seqlens, "softmax_scale": p.softmax_scale,
             "is_causal": p.causal, "is_rotary_interleaved": True, "num_splits": 0, "sm_margin": self._sm_margin,
         }  # fmt: skip
-        forward = torch.ops.flash_attn_3.fwd.default
+        forward = getattr(torch.ops, self.namespace).fwd.default
 
         def call() -> Result:
             result, lse, *_ = forward(**arguments)
             return result, lse
 
         return call
+
+
+class PatchedFlashAttention3(FlashAttention3):
+    """The same call of the same library, but with ETAP's patch in it, which takes what it can."""
+
+    name = "fa3-etap"
+    namespace = FA3_ETAP_NAMESPACE
+
+    def __init__(self, rivals: Path, target: Target) -> None:
+        super().__init__(rivals, target)
+        etap = ctypes.CDLL(str(self.path))
+        etap.etap_fa3_set_mode(0)  # auto, whatever the environment says
+        etap.etap_fa3_set_p_parts(1 if target.emulated else 0)
 
 
 class FlashInfer(Provider):

@@ -21,6 +21,8 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePath
 from typing import Any, get_args, get_origin, get_type_hints
 
+from tools.etap_build import sources_hash as sources_hash
+
 ROOT = Path(__file__).resolve().parents[2]
 """The repository."""
 
@@ -174,32 +176,6 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             raise
     finally:
         os.close(folder)
-
-
-def sources_hash(root: Path = ROOT) -> str:
-    """SHA-256 of what `git ls-files -z csrc | sort -z | xargs -0 sha256sum` prints in `root` (bytewise order).
-
-    Raises RuntimeError where git or the repository is not at hand; the hash then has to be given.
-    """
-    try:
-        listing = subprocess.run(["git", "ls-files", "-z", "csrc"], cwd=root, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(
-            "cannot list the tracked sources without git; pass --sources with what `python -m tools.bench sources` "
-            "prints in the repository"
-        ) from error
-    names = sorted(name for name in listing.split(b"\0") if name)
-    lines = [_checksum_line((root / os.fsdecode(name)).read_bytes(), name) for name in names]
-    if not lines:  # sha256sum without arguments reads its empty input and calls it "-"
-        lines = [_checksum_line(b"", b"-")]
-    return hashlib.sha256(b"".join(lines)).hexdigest()
-
-
-def _checksum_line(content: bytes, name: bytes) -> bytes:
-    """One line as `sha256sum` prints it, escapes of odd file names included."""
-    escaped = name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
-    mark = b"\\" if escaped != name else b""
-    return mark + hashlib.sha256(content).hexdigest().encode() + b"  " + escaped + b"\n"
 
 
 def head_commit(root: Path = ROOT) -> str | None:

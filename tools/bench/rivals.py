@@ -32,7 +32,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.etap_build import sources_hash
+
 CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = CSRC.parents[2]
 
 H20_SMS = 78
 """Streaming multiprocessors of an H20."""
@@ -40,7 +43,7 @@ H20_SMS = 78
 XFORMERS_REQUIREMENT = "xformers==0.0.33.post2"
 FLASHINFER_REQUIREMENT = "flashinfer-python==0.7.2.post1"
 
-_NAMES = {"floor": "libmb", "fa3": "fa3", "flashinfer": "libfi", "flashinfer-e4m3": "libfi8"}
+_NAMES = {"floor": "libmb", "fa3": "fa3", "fa3-etap": "fa3-etap", "flashinfer": "libfi", "flashinfer-e4m3": "libfi8"}
 
 
 def library_name(kind: str, emulated: str | None = None) -> str:
@@ -197,6 +200,21 @@ def _hopper() -> Path:
     return fetch(XFORMERS) / "xformers-0.0.33.post2/third_party/flash-attention/hopper"
 
 
+def _patched_fa3() -> Path:
+    """A tree with the files that ETAP's series touches, patched anew."""
+    from etap_integration.patching import series  # needed only here, and so are its requirements
+    from etap_integration.patching.manifest import load_manifest
+
+    release, pristine = load_manifest("flash-attention-3").release(), _hopper().parent
+    destination = bench_dir() / "src/fa3-etap"
+    with _fresh_folder(destination) as folder:
+        for file in release.files:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pristine / file.path, folder / file.path)
+        series.apply(release, folder)
+    return destination
+
+
 def _fa3_cutlass() -> Path:
     return _hopper().parent / "csrc/cutlass/include"
 
@@ -297,6 +315,9 @@ _FA3_DISABLED = (
 )  # fmt: skip
 _FA3_VARIANTS = ("paged_split_", "split_", "paged_", "packgqa_", "")
 
+# The patched library's operators are registered under another name, so that one process can hold both.
+FA3_ETAP_NAMESPACE = "flash_attn_3_etap"
+
 Log = Callable[[str], None]
 
 
@@ -327,9 +348,10 @@ class Builder:
         return target
 
     def _object(self, source: Path, command: Sequence[str | Path]) -> Path:
-        """Compiles one source unless the same command has compiled it before."""
+        """Compiles one source unless the same command has compiled it before, and with it the same headers of ours."""
         command = [*command, "-c", source]
-        key = hashlib.sha256("\0".join(map(str, command)).encode() + source.read_bytes()).hexdigest()[:16]
+        ours = sources_hash() if f"-I{ROOT / 'csrc'}" in command else ""
+        key = hashlib.sha256("\0".join(map(str, [*command, ours])).encode() + source.read_bytes()).hexdigest()[:16]
         target = bench_dir() / "obj" / f"{source.stem}-{key}.o"
         return target if target.exists() else self._produce(target, command)
 
@@ -359,6 +381,20 @@ class Builder:
     def fa3(self) -> None:
         """FlashAttention-3."""
         hopper = _hopper()
+        self._link_fa3("fa3", hopper / "flash_api.cpp", [], [])
+
+    def fa3_etap(self) -> None:
+        """FlashAttention-3 with ETAP's patch: all of upstream's objects but the patched one, and ETAP's kernels."""
+        csrc = ROOT / "csrc"
+        renamed = [f"-I{csrc}", f"-Dflash_attn_3={FA3_ETAP_NAMESPACE}"]
+        cutlass = _throttled("fa3", _fa3_cutlass()) if self.throttled else _fa3_cutlass()
+        device = [*_NVCC_KERNEL, *_includes([csrc, cutlass])]
+        ours = [(source, device) for source in sorted(csrc.glob("fa3/*_sm90.cu"))]
+        self._link_fa3("fa3-etap", _patched_fa3() / "hopper/flash_api.cpp", renamed, ours)
+
+    def _link_fa3(self, kind: str, api: Path, api_flags: list[str], more: list[tuple[Path, list[str]]]) -> None:
+        """Compiles upstream's kernels, `api` and `more`, (source, command) each, and links them."""
+        hopper = _hopper()
         cutlass = _throttled("fa3", _fa3_cutlass()) if self.throttled else _fa3_cutlass()
         defines = [f"-DFLASHATTENTION_DISABLE_{feature}" for feature in _FA3_DISABLED]
         kernels = [
@@ -375,12 +411,12 @@ class Builder:
             *_cuda_header_dirs(), Path(sysconfig.get_path("include")),
         ]  # fmt: skip
         host = ["g++", "-O2", "-std=c++17", "-fPIC", "-w", "-DNDEBUG", "-DPy_LIMITED_API=0x03090000", *defines]
-        host += _includes(host_include)
-        work = [(hopper / "flash_api.cpp", host), *((kernel, device) for kernel in kernels)]
+        host += [*api_flags, *_includes(host_include)]
+        work = [(api, host), *((kernel, device) for kernel in kernels), *more]
         with ThreadPoolExecutor(self.jobs) as pool:
             objects = list(pool.map(lambda item: self._object(*item), work))
         libraries = [f"-l{name}" for name in ("torch", "torch_cpu", "torch_cuda", "c10", "c10_cuda")]
-        self._produce(self._library("fa3"), ["nvcc", "-shared", *objects, f"-L{torch_root / 'lib'}", *libraries])
+        self._produce(self._library(kind), ["nvcc", "-shared", *objects, f"-L{torch_root / 'lib'}", *libraries])
 
 
 def _includes(folders: Iterable[Path]) -> list[str]:

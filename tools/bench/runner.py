@@ -14,7 +14,18 @@ from etap_integration.timing import Budget, Sample, Timer, captured
 from . import records
 from .grid import GRAPH, Cell, Grid
 from .problem import Inputs, KvPool
-from .providers import Errors, Etap, FlashAttention3, FlashInfer, Floor, Provider, Result, Target, disagreement
+from .providers import (
+    Errors,
+    Etap,
+    FlashAttention3,
+    FlashInfer,
+    Floor,
+    PatchedFlashAttention3,
+    Provider,
+    Result,
+    Target,
+    disagreement,
+)
 from .records import Row, Stamp
 
 VERIFIED_KV_LEN = 4096
@@ -72,6 +83,7 @@ class Settings:
         make: dict[str, Callable[[], Provider]] = {
             "floor": lambda: Floor(self.rivals, target),
             "fa3": lambda: FlashAttention3(self.rivals, target),
+            "fa3-etap": lambda: PatchedFlashAttention3(self.rivals, target),
             "flashinfer": lambda: FlashInfer(self.rivals, target),
             "etap": lambda: Etap(self.library, target, split=self.split, num_ctas=self.num_ctas, p_parts=self.p_parts),
         }
