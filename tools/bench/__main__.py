@@ -17,7 +17,8 @@ from . import records, report, rivals, runner
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
-IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+DEFAULT_IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+IMPLEMENTATIONS = (*DEFAULT_IMPLEMENTATIONS, "flashinfer-etap")
 
 
 def _labelled(library: str) -> tuple[str | None, Path]:
@@ -86,13 +87,13 @@ def run(
 
     label, path = _labelled(library[0]) if library else (None, DEFAULT_LIBRARY)
     try:
-        if path.is_file() and "etap" in (impl or IMPLEMENTATIONS):
+        if path.is_file() and "etap" in (impl or DEFAULT_IMPLEMENTATIONS):
             records.check_library(path, sources)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--library") from error
 
     settings = runner.Settings(
-        impls=tuple(impl or IMPLEMENTATIONS),
+        impls=tuple(impl or DEFAULT_IMPLEMENTATIONS),
         library=path,
         rivals=rivals_dir or rivals.library_dir(),
         verify=verify,
