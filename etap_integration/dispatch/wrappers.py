@@ -241,10 +241,11 @@ def _wrap_run(route: RunRoute) -> Callable[..., Any]:
             TALLY.dispatched()
             return engine.run(call, given)
         TALLY.fell_back(reason)
+        shown = "" if isinstance(call, str) else f": {call.describe()}"
         if engine.strict:
-            raise FallbackError(f"{route.label}: {reason}")
+            raise FallbackError(f"{route.label}: {reason}{shown}")
         if TALLY.first(route.label, reason):
-            log.info("%s left to upstream (logged once): %s", route.label, reason)
+            log.info("%s left to upstream (logged once): %s%s", route.label, reason, shown)
         return original(self, *args, **kwargs)
 
     run.__etap_route__ = route  # type: ignore[attr-defined]
