@@ -2,6 +2,7 @@
 
     activate(), deactivate()                 patched modules in this process, from an overlay; the package is untouched
     patch_in_place(), revert_in_place()      the installed package itself
+    compile_module("bfloat16")               ahead of the first plan; needs no GPU
     set_mode("never"), status()              the switch and the counts of the patched modules
 
 `etap_integration.enable()` needs none of it: it routes the calls of an unpatched FlashInfer to the standalone operator.
@@ -13,6 +14,7 @@ from typing import Any
 
 _HOME = {
     "activate": "activation",
+    "compile_module": "activation",
     "deactivate": "activation",
     "is_active": "activation",
     "patch_in_place": "activation",

@@ -12,12 +12,15 @@ from types import ModuleType
 from typing import Any
 
 from etap_integration.dispatch.bindings import Replacement
+from etap_integration.flashinfer.jit import HEAD_DIMS, library_path
 from etap_integration.flashinfer.overlay import installed_root, is_patched_in_place, make_overlay, supported_release
 from etap_integration.patching import series
+from etap_integration.patching.errors import UnknownNameError
 from etap_integration.patching.series import Outcome
 
 GENERATORS = "flashinfer.jit.attention.modules"
 GENERATOR = "gen_batch_mla_module"
+DTYPES = ("bfloat16", "float16")
 _LOADER = "get_batch_mla_module"  # the wrappers' memory of loaded modules
 _PATCHED = "flashinfer.jit.attention._etap_patched_modules"
 
@@ -96,6 +99,39 @@ def patched_generator(overlay: Path, original: Callable[..., Any]) -> Callable[.
         return (generator if backend == "fa3" else original)(backend, *args, **kwargs)
 
     return generate
+
+
+def module_specification(dtype: str) -> Any:
+    """FlashInfer's specification of the patched module for queries, cache and output of one dtype.
+
+    Args:
+        dtype: "bfloat16" or "float16".
+
+    Raises:
+        UnknownNameError: another dtype.
+        UnsupportedFlashInferError, TreeWriteError: as for `activate`.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    root = installed_root()
+    generator = getattr(import_module(GENERATORS), GENERATOR)
+    if not is_patched_in_place(root):
+        generator = patched_generator(make_overlay(supported_release(root), root), generator)
+    kind = getattr(torch, dtype)
+    return generator("fa3", kind, kind, kind, torch.int32, *HEAD_DIMS, False)
+
+
+def compile_module(dtype: str = "bfloat16") -> Path:
+    """Compiles the patched module of a dtype as its first plan would, into FlashInfer's cache; returns the library.
+
+    Needs nvcc for sm_90a, and no GPU where FLASHINFER_CUDA_ARCH_LIST=9.0a says what to compile for. Arguments and
+    errors as for `module_specification`; a compiler's failure is FlashInfer's own exception.
+    """
+    specification = module_specification(dtype)
+    specification.build(verbose=False)
+    return library_path(specification)
 
 
 def forget_loaded() -> None:
