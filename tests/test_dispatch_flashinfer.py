@@ -239,20 +239,20 @@ def test_patched_module_is_left_alone(module: ModuleType, options: dict[str, Any
     monkeypatch.setattr(switch, "set_max_rows", lambda rows: set_to.append(("rows", rows)))
     wrapper = step.plan(module.BatchMLAPagedAttentionWrapper())
     jit._loaded["demo"] = wrapper._cached_module
-    enable(NAME, **options, max_rows=48)
+    enable(NAME, **options, max_rows=24)
     step.plan(wrapper)
     assert wrapper.run(*step.split()) == "upstream" and not status().fallbacks and status().etap_calls == 0
     wrapper._planned_backend = SimpleNamespace(_cached_module=object())  # later releases: not the patched one
     assert wrapper.run(*step.split()).shape == (5, 8, 512)
-    with patched(NAME, **options, strict=True):
+    with patched(NAME, **options, strict=True, max_rows=64):  # more rows only by switch.set_max_rows
         pass
     disable()
     assert set_to == [
-        ("rows", 48),
+        ("rows", 24),
         ("mode", "auto"),
         ("rows", 32),
         ("mode", "always"),
-        ("rows", 48),
+        ("rows", 24),
         ("mode", "auto"),
         ("mode", "never"),
     ]

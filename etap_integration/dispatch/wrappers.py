@@ -20,7 +20,7 @@ from torch import Tensor
 
 from etap_integration.dispatch.bindings import Replacement
 from etap_integration.dispatch.calls import Call, machine_of
-from etap_integration.dispatch.decision import D_LATENT, D_ROPE, Decider, Limits
+from etap_integration.dispatch.decision import D_LATENT, D_ROPE, Limits, choose, supports
 from etap_integration.dispatch.routing import TALLY, FallbackError, Options, log
 from etap_integration.dispatch.targets import TARGETS, TargetError
 from etap_integration.flashinfer import jit, switch
@@ -70,7 +70,7 @@ class WrapperEngine:
         self.options, self.strict = options, options.strict
         self.operator: Callable[..., Any] = operator
         self.machine = options.machine or machine_of
-        self.decide = Decider(Limits(options.max_rows))
+        self.limits = Limits(options.max_rows)
         parameters = list(inspect.signature(run).parameters.values())[1:]
         self.names = [p.name for p in parameters]
         self.defaults = {p.name: p.default for p in parameters}
@@ -114,6 +114,13 @@ class WrapperEngine:
         )  # fmt: skip
         call.machine = self.machine(query[1].device)
         return call
+
+    def decide(self, call: Call) -> str | None:
+        """None: run it on ETAP. Otherwise the reason why not."""
+        ours, why = supports(call, self.limits)
+        if ours:
+            ours, why = choose(call)
+        return None if ours else why
 
     def run(self, call: Call, given: dict[str, Any]) -> Any:
         """The operator on `call`; the result as upstream returns it."""
@@ -207,7 +214,7 @@ class RunRoute:
     def engine(self, engine: WrapperEngine | None) -> None:
         self._engine = engine
         if engine is not None:
-            switch.set_max_rows(engine.options.max_rows)
+            switch.set_max_rows(min(engine.options.max_rows, switch.DEFAULT_MAX_ROWS))
         switch.set_mode("never" if engine is None else "always" if engine.strict else "auto")
 
 

@@ -14,6 +14,7 @@ from etap_integration.flashinfer import jit
 from etap_integration.patching.errors import UnknownNameError
 
 MODES = ("auto", "always", "never")
+DEFAULT_MAX_ROWS = 32  # csrc/flashinfer/adapter.cu: beyond, the kernel reads the cache more than once
 
 _lock = threading.Lock()
 _wanted: dict[str, int] = {}  # of the settings that the caller made
