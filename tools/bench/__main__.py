@@ -17,8 +17,8 @@ from . import records, report, rivals, runner
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
-DEFAULT_IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
-IMPLEMENTATIONS = (*DEFAULT_IMPLEMENTATIONS, "flashinfer-etap")
+IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+PATCHED = ("flashinfer-etap",)
 
 
 def _labelled(library: str) -> tuple[str | None, Path]:
@@ -51,7 +51,8 @@ def run(
         Path | None, typer.Option("--rivals", help="Folder with the rivals' libraries, as `build-rivals` makes them.")
     ] = None,
     impl: Annotated[
-        list[str] | None, typer.Option(help=f"Only these implementations: {', '.join(IMPLEMENTATIONS)}. Repeatable.")
+        list[str] | None,
+        typer.Option(help=f"Only these: {', '.join(IMPLEMENTATIONS)} (the default), {', '.join(PATCHED)}. Repeatable."),
     ] = None,
     match: Annotated[
         list[str] | None,
@@ -73,8 +74,9 @@ def run(
         rest = _without_libraries(sys.argv[1:])
         codes = [subprocess.call([sys.executable, "-m", "tools.bench", *rest, "--library", one]) for one in library]
         raise typer.Exit(max(codes))
-    if unknown := sorted(set(impl or ()) - set(IMPLEMENTATIONS)):
-        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(IMPLEMENTATIONS)}", param_hint="--impl")
+    if unknown := sorted(set(impl or ()) - {*IMPLEMENTATIONS, *PATCHED}):
+        known = ", ".join((*IMPLEMENTATIONS, *PATCHED))
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {known}", param_hint="--impl")
     if verify not in ("auto", "all", "none"):
         raise typer.BadParameter(f"{verify!r} is none of auto, all, none", param_hint="--verify")
     try:
@@ -87,13 +89,13 @@ def run(
 
     label, path = _labelled(library[0]) if library else (None, DEFAULT_LIBRARY)
     try:
-        if path.is_file() and "etap" in (impl or DEFAULT_IMPLEMENTATIONS):
+        if path.is_file() and "etap" in (impl or IMPLEMENTATIONS):
             records.check_library(path, sources)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--library") from error
 
     settings = runner.Settings(
-        impls=tuple(impl or DEFAULT_IMPLEMENTATIONS),
+        impls=tuple(impl or IMPLEMENTATIONS),
         library=path,
         rivals=rivals_dir or rivals.library_dir(),
         verify=verify,
