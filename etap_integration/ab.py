@@ -195,9 +195,11 @@ class Arms:
 
 
 def installed_targets() -> list[str]:
-    """The dispatch targets that can be imported here."""
+    """The dispatch targets that can be imported here and compared: functions, not FlashInfer's wrapper."""
     found = []
     for name, target in TARGETS.items():
+        if not hasattr(target, "functions"):
+            continue
         with contextlib.suppress(dispatch.TargetError):
             target.load()
             found.append(name)
@@ -244,6 +246,8 @@ def arms(target: str, how: str = "monkeypatch", **options: Any) -> Iterator[Arms
     Raises AbError where the extension is not a patched one, TargetError where the target is not installed, ValueError
     for an unknown `how`.
     """
+    if target in TARGETS and not hasattr(TARGETS[target], "functions"):
+        raise AbError(f"{target}: a class, which `python -m tools.bench run --impl flashinfer-etap` compares, not A/B")
     name = TARGETS[target].required if target in TARGETS else ""
     if how == "monkeypatch":
         with dispatch.patched(target, strict=True, only_where_faster=False, **options):

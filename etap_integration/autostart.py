@@ -26,7 +26,7 @@ from typing import Any
 
 log = logging.getLogger("etap_integration.autostart")
 
-TARGET_NAMES = ("flash_attn_interface", "sgl_kernel.flash_attn", "vllm.vllm_flash_attn")
+TARGET_NAMES = ("flash_attn_interface", "sgl_kernel.flash_attn", "vllm.vllm_flash_attn", "flashinfer.mla")
 """The dispatch's targets, named here so that nothing has to be imported to know them."""
 
 OFF = ("", "0")

@@ -179,9 +179,7 @@ class Session:
 
     # -- the calls --------------------------------------------------------------------------------------------------
 
-    def __call__(
-        self, route: routing.Route, engine: routing.Engine, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, route: Any, engine: Any, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serves one call that ETAP supports, and compares it where the sampling says so."""
 
         def served() -> Any:
@@ -192,8 +190,10 @@ class Session:
 
         def other() -> Any:
             if self.serve == "etap":
-                own_args, own_kwargs = _own_out(engine, args, kwargs, call)
+                own_args, own_kwargs = _arguments_apart(engine, args, kwargs, call)
                 return route.original(*own_args, **own_kwargs)
+            if hasattr(engine, "run_apart"):
+                return engine.run_apart(call)
             return engine.run(call if call.out is None else replace(call, out=torch.empty_like(call.out)))
 
         if not self._sampled(call):
@@ -351,10 +351,12 @@ class Session:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _own_out(
-    engine: routing.Engine, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call
+def _arguments_apart(
+    engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments with an output of their own in place of the caller's."""
+    if hasattr(engine, "arguments_apart"):
+        return engine.arguments_apart(args, kwargs)
     if call.out is None:
         return args, kwargs
     name, fresh = engine.normalise.interface.roles["out"], torch.empty_like(call.out)
@@ -394,8 +396,10 @@ def _figures(
     scale = torch.where(both & valid, x, 0.0)
     lse = x.new_zeros(())
     if a_lse is not None and b_lse is not None and a_lse.shape == b_lse.shape:
-        gap = (a_lse.float() - b_lse.float()).abs()  # (batch, heads, sq) or (heads, total_q)
-        ours = valid[:, 0, 0] if cu_seqlens_q is not None else valid
+        gap = (a_lse.float() - b_lse.float()).abs()  # (batch, heads, sq), (heads, total_q), FlashInfer (total_q, heads)
+        ours = valid
+        if cu_seqlens_q is not None:
+            ours = valid[:, :, 0] if gap.shape == x.shape[:2] and x.shape[0] != x.shape[1] else valid[:, 0, 0]
         lse = torch.where(gap.isfinite() & ours, gap, 0.0).amax() if gap.numel() else lse
     largest = difference.abs().amax() if difference.numel() else lse.new_zeros(())
     counted = (both & valid).sum()

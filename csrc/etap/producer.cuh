@@ -23,11 +23,11 @@ struct KeyPlace {
   int page, row;
 };
 
-ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int key) {
+ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int const* pages, int key) {
   if (!p.page_table) return {p.cache_batch_idx ? p.cache_batch_idx[request] : request, key};
   int entry, row;
   p.page_divmod(entry, row, key);
-  return {p.page_table[request * p.page_table_stride + entry], row};
+  return {pages[entry], row};
 }
 
 // Lane i looks up the i-th box of a round of boxes. What a chunk costs here, from the wait to the copy, delays every
@@ -40,13 +40,14 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
   int const tiles_per_round = 32 / boxes;
   int const lane_tile = lane / boxes, row_in_tile = lane % boxes * p.box_rows;
   int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
+  int const* const pages = piece.pages;
   KeyPlace box{}, next{};
   ETAP_ROLLED
   for (int first = begin - tiles_per_round; first < end; first += tiles_per_round) {  // one round of look-ups ahead
     box = next;
     int const key = (first + tiles_per_round + lane_tile) * kTileKeys + row_in_tile;
     // Boxes past the length get a row past the page, for which TMA writes zeros without reading.
-    next = key < len ? locate_key(p, request, key) : KeyPlace{0, p.page_size};
+    next = key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
     if (first < begin) continue;
     int const count = min(tiles_per_round, end - first);
     ETAP_ROLLED
@@ -94,6 +95,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
   constexpr int kRows = 4;  // rows of a tile that one thread copies 16 bytes of, per chunk
   int const col16 = thread % 8, first_row = thread / 8;
   int const request = piece.request, len = piece.len, end = piece.end;
+  int const* const pages = piece.pages;
   KeyPlace next[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
@@ -107,7 +109,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
       from[i] = static_cast<uint16_t const*>(p.kpe) + place[i].page * p.kpe_page_stride +
                 place[i].row * p.kpe_row_stride + col16 * 8;
       int const key = (tile + 1) * kTileKeys + first_row + 16 * i;
-      next[i] = key < len && tile + 1 < end ? locate_key(p, request, key) : KeyPlace{0, -1};  // row < 0: no key
+      next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < piece.begin) continue;
     ETAP_ROLLED
@@ -146,7 +148,7 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
     smem.control.empty[at.slot].wait(at.parity ^ 1);
     ETAP_ROLLED
     for (int row = thread / 8; row < min(kTileKeys, piece.len - tile * kTileKeys); row += 16) {
-      KeyPlace const place = locate_key(p, piece.request, tile * kTileKeys + row);
+      KeyPlace const place = locate_key(p, piece.request, piece.pages, tile * kTileKeys + row);
       uint16_t const* from = chunk < 0 ? static_cast<uint16_t const*>(p.kpe) + place.page * p.kpe_page_stride +
                                              place.row * p.kpe_row_stride
                                        : static_cast<uint16_t const*>(p.ckv) + place.page * p.ckv_page_stride +
