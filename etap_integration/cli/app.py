@@ -8,6 +8,7 @@ import typer
 
 from etap_integration import __version__
 from etap_integration.cli import benching, comparing, doctor, launch, modelling, overview
+from etap_integration.flashinfer.__main__ import app as flashinfer
 from etap_integration.patching import cli as patches
 
 HELP = """ETAP: transposed-pipeline MLA decode attention for Hopper GPUs, for FlashAttention-3 and FlashInfer.
@@ -51,3 +52,4 @@ app.command(rich_help_panel=MEASURE)(benching.report)
 for registered in patches.app.registered_commands:
     assert registered.callback is not None
     app.command(registered.name, hidden=registered.hidden, rich_help_panel=PATCH)(registered.callback)
+app.add_typer(flashinfer, name="flashinfer", rich_help_panel=PATCH)

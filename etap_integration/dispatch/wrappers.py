@@ -226,14 +226,17 @@ class RunRoute:
         self.wrapper = _wrap_run(self)
 
     def make_engine(self, options: Options) -> WrapperEngine:
+        """Options made ready for the calls of `run`."""
         return WrapperEngine(self.original, options)
 
     @property
     def engine(self) -> WrapperEngine | None:
+        """What decides and runs; None: everything goes to upstream."""
         return self._engine
 
     @engine.setter
     def engine(self, engine: WrapperEngine | None) -> None:
+        """Also sets the switch and the row limit of patched modules."""
         self._engine = engine
         if engine is not None:
             switch.set_max_rows(min(engine.options.max_rows, switch.DEFAULT_MAX_ROWS))
@@ -249,6 +252,7 @@ class PlanRoute:
         self.wrapper = _wrap_plan(self)
 
     def make_engine(self, options: Options) -> WrapperEngine:
+        """Options made ready for the calls of `plan`."""
         return WrapperEngine(self.run.original, options)
 
 

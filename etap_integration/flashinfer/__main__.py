@@ -1,90 +1,84 @@
-"""`python -m etap_integration.flashinfer`: overlay, compile, patch in place, undo. A thin layer over the functions."""
+"""`etap flashinfer`, or `python -m etap_integration.flashinfer`: overlay, compile, patch in place, undo.
+
+A thin layer over the functions.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from etap_integration.cli.output import JsonOption, emit, out, plain, reported
 from etap_integration.flashinfer import activation, overlay
-from etap_integration.patching.errors import PatchingError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="FlashInfer's MLA wrapper with ETAP's kernels.")
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except PatchingError as error:
-            _err.print(f"error: {error}", markup=False, style="red")
-            raise typer.Exit(1) from error
+def _lines(as_json: bool, data: object, lines: list[str]) -> None:
+    def show() -> None:
+        for line in lines:
+            out.print(line, markup=False)
 
-    return run
+    emit(as_json, data, show)
 
 
 @app.command("check")
-@_reported
-def check_command() -> None:
+@reported
+def check_command(as_json: JsonOption = False) -> None:
     """Say which release is installed, and whether it is patched in place."""
     root = overlay.installed_root()
     release = overlay.supported_release(root)
-    how = "patched in place" if overlay.is_patched_in_place(root) else "not patched"
-    _out.print(f"{root}: flashinfer {overlay.installed_version(root)}, files of {release.id}, {how}", markup=False)
+    patched, version = overlay.is_patched_in_place(root), overlay.installed_version(root)
+    how = "patched in place" if patched else "not patched"
+    data = {"root": root, "version": version, "release": release.id, "patched_in_place": patched}
+    _lines(as_json, data, [f"{root}: flashinfer {version}, files of {release.id}, {how}"])
 
 
 @app.command("overlay")
-@_reported
-def overlay_command() -> None:
+@reported
+def overlay_command(as_json: JsonOption = False) -> None:
     """Make the overlay in the cache; the package is not changed."""
     root = overlay.installed_root()
-    _out.print(str(overlay.make_overlay(overlay.supported_release(root), root)), markup=False)
+    made = overlay.make_overlay(overlay.supported_release(root), root)
+    _lines(as_json, {"root": root, "overlay": made}, [str(made)])
 
 
 @app.command("compile")
-@_reported
+@reported
 def compile_command(
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float16. Repeatable; default bfloat16.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Compile patched modules now (minutes), or the first plan of each dtype will. Needs nvcc, and no GPU."""
-    for name in dtype or ["bfloat16"]:
-        _out.print(str(activation.compile_module(name)), markup=False)
+    built = {name: activation.compile_module(name) for name in dtype or ["bfloat16"]}
+    _lines(as_json, built, [str(path) for path in built.values()])
 
 
 @app.command("patch")
-@_reported
-def patch_command() -> None:
+@reported
+def patch_command(as_json: JsonOption = False) -> None:
     """Patch the installed package itself, so that every process gets the patched module."""
     root, outcome = activation.patch_in_place()
-    for path in outcome.changed:
-        _out.print(f"patched {root / path}", markup=False)
-    if not outcome.changed:
-        _out.print(f"{root}: already patched", markup=False)
+    lines = [f"patched {root / path}" for path in outcome.changed] or [f"{root}: already patched"]
+    _lines(as_json, {"root": root, **plain(outcome)}, lines)
 
 
 @app.command("revert")
-@_reported
-def revert_command() -> None:
+@reported
+def revert_command(as_json: JsonOption = False) -> None:
     """Restore the installed package byte for byte."""
     root, outcome = activation.revert_in_place()
-    for path in outcome.changed:
-        _out.print(f"restored {root / path}", markup=False)
-    if not outcome.changed:
-        _out.print(f"{root}: nothing to restore", markup=False)
+    lines = [f"restored {root / path}" for path in outcome.changed] or [f"{root}: nothing to restore"]
+    _lines(as_json, {"root": root, **plain(outcome)}, lines)
 
 
 @app.command("clean")
-@_reported
-def clean_command() -> None:
+@reported
+def clean_command(as_json: JsonOption = False) -> None:
     """Delete the overlays. Compiled modules stay in FlashInfer's cache."""
-    for path in overlay.remove_overlays():
-        _out.print(f"deleted {path}", markup=False)
+    deleted = list(overlay.remove_overlays())
+    _lines(as_json, {"deleted": deleted}, [f"deleted {path}" for path in deleted])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class ModuleStatus:
 
     @property
     def taken(self) -> int:
+        """Calls that ran on ETAP."""
         return self.calls.get("taken", 0)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 from .errors import TreeNotFoundError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -49,4 +47,8 @@ def csrc_root() -> Path:
 def cache_root() -> Path:
     """Per-user cache directory for archives, trees and build output; ``ETAP_CACHE_DIR`` overrides it."""
     override = os.environ.get("ETAP_CACHE_DIR")
-    return Path(override).expanduser().resolve() if override else platformdirs.user_cache_path("etap")
+    if override:
+        return Path(override).expanduser().resolve()
+    import platformdirs  # here: the rest of this module serves processes that have none
+
+    return platformdirs.user_cache_path("etap")
