@@ -247,6 +247,7 @@ class Implementation:
         reread: share of the memory time that working on a tile once more adds.
         small_page: factor on the memory time with a page size below 8.
         e4m3_cycles: cycles of one tile of an e4m3 cache, widening included; None: it has no such kernel.
+        e4m3_memory, e4m3_small_page: as `memory` and `small_page`, for such a cache.
     """
 
     name: str
@@ -260,6 +261,8 @@ class Implementation:
     reread: float = 0.0
     small_page: float = 1.0
     e4m3_cycles: float | None = None
+    e4m3_memory: float = 0.9
+    e4m3_small_page: float = 1.1
 
 
 # fixed_us, memory, row_us, partial_us, small_page: from one H200 (docs/kernel-log.md). tensor: FlashAttention-3's,
@@ -274,7 +277,7 @@ QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
     "etap", transposed_tile, even_share, 10.0, 0.955, 0.90, partial_us=0.01, row_us=0.28, reread=0.35, small_page=1.03,
-    e4m3_cycles=2_650,
+    e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}
 UPSTREAMS = ("fa3", "flashinfer")
@@ -341,10 +344,11 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
     floor = floor_us(problem, device)
     stream = problem.kv_bytes / 1e6 / device.stream_tb_s
     passes = instructions.scores[0] * 16 // D_QK
-    again = (i.small_page if problem.page_size < 8 else 1.0) * (1 + i.reread * (passes - 1))
+    gathered, rate = (i.small_page, i.memory) if wide else (i.e4m3_small_page, i.e4m3_memory)
+    again = (gathered if problem.page_size < 8 else 1.0) * (1 + i.reread * (passes - 1))
     candidates = {
         "tensor": per_tile * microseconds,
-        "memory": floor - LAUNCH_US + stream * (again / i.memory - 1),
+        "memory": floor - LAUNCH_US + stream * (again / rate - 1),
         "SM stream": tiles * tile_bytes * again / 1e6 / SM_STREAM_TB_S,
     }
     bound = max(candidates, key=lambda name: candidates[name])

@@ -53,6 +53,14 @@ def test_tables_hold_the_rows(results: Path) -> None:
     assert "geometric mean 1.60 × the better upstream's speed, from 1.60 to 1.60; slower in 0" in text
 
 
+def test_plots_are_linked_once_they_are_drawn(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "PLOTS", tmp_path / "img")
+    records.append(results / "bars.jsonl", bars())
+    assert "docs/img" not in readme.results_section(None)
+    readme.draw(pyplot(), bars(), readme.PLOTS)
+    assert "(docs/img/floor.svg)" in readme.results_section(None)
+
+
 def test_stale_rows_are_marked_not_hidden(results: Path) -> None:
     records.append(results / "bars.jsonl", bars())
     text = readme.results_section("t" * 64)

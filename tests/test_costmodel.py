@@ -39,6 +39,11 @@ MEASURED = {
         (Problem(16, 16384, kv_dtype="e4m3"), {"flashinfer": 247.0}),
         (Problem(16, 65536, kv_dtype="e4m3"), {"flashinfer": 884.0, "floor": 143.0}),
     ],
+    "e4m3 in ETAP": [
+        (Problem(16, 16384, kv_dtype="e4m3"), {"etap": 61.3}),
+        (Problem(16, 65536, kv_dtype="e4m3"), {"etap": 170.0}),
+        (Problem(16, 65536, page_size=1, kv_dtype="e4m3"), {"etap": 226.0, "flashinfer": 940.0}),
+    ],
     "the kernel's v8": [(Problem(16, 16384), {"etap": 93.4}), (Problem(16, 65536), {"etap": 299.0})],
 }
 

@@ -126,24 +126,24 @@ def report(
     readme, records = checkout.tool("readme"), checkout.tool("records")
     path = readme_file or root / "README.md"
     sources = _sources(records)
+    rows = {name: readme.latest(name) for name in ("bars", "full", "h20", "fp8")}
+    drawn = []
+    if plots and not check and rows["bars"]:
+        drawn = readme.draw(modelling.pyplot(), rows["bars"], readme.PLOTS)
     try:
         before = path.read_text(encoding="utf-8")
         after = readme.replace_sections(before, sources)
     except (OSError, ValueError) as error:
         raise CommandError(f"{path}: {error}") from None
-    rows = {name: readme.latest(name) for name in ("bars", "full", "h20", "fp8")}
     found: dict[str, Any] = {
         "file": path,
         "changed": before != after,
         "runs": {name: {"run": r[0].run, "rows": len(r), "stale": sources is not None and r[0].sources != sources}
                  for name, r in rows.items() if r},
-        "plots": [],
+        "plots": drawn,
     }  # fmt: skip
-    if not check:
-        if plots and rows["bars"]:
-            found["plots"] = readme.draw(modelling.pyplot(), rows["bars"], readme.PLOTS)
-        if before != after:
-            path.write_text(after, encoding="utf-8")
+    if not check and before != after:
+        path.write_text(after, encoding="utf-8")
 
     def show() -> None:
         state = "would change" if check else "written anew"

@@ -18,6 +18,7 @@ from .records import Row
 from .report import CellResult
 
 PLOTS = records.ROOT / "docs/img"
+PLOT_TEXTS = {"floor": "Time over the memory floor", "speedup": "Upstream's time over ETAP's"}
 NOT_RECORDED = "*No row of this kind is recorded yet: not run.*"
 NAMES = {"fa3": "FlashAttention-3", "flashinfer": "FlashInfer", "etap": "ETAP", **{
     k: v for k, v in emulation.TITLES.items() if k.endswith("-etap") and not k.startswith("published")}}  # fmt: skip
@@ -80,6 +81,9 @@ def results_section(sources: str | None) -> str:
     for title, wanted, with_batch in groups:
         if cells := _selected(rows, **h16, **wanted):
             parts += [title, _table(cells, batch=with_batch)]
+    drawn = [f"![{text}](docs/img/{name}.svg)" for name, text in PLOT_TEXTS.items() if (PLOTS / f"{name}.svg").exists()]
+    if drawn:
+        parts.append("\n".join(drawn))
     speedups = [s for cell in report.cells_of(rows) for i in ("etap",) if (s := cell.speedup(i)) is not None]
     if speedups:
         mean, slower = report.geometric_mean(speedups), sum(s <= 1 for s in speedups)
