@@ -30,7 +30,7 @@ def _run_grid(folder: Path, arguments: list[str]) -> int:
 
 @reported
 def bench(
-    grid: Annotated[str, typer.Option(help="Cells: bars or full; with --emulate, the grid is its own.")] = "bars",
+    grid: Annotated[str, typer.Option(help="Cells: a grid of tools/bench; with --emulate, its own.")] = "bars",
     emulate: Annotated[str | None, typer.Option(help="h20: throttled kernels on an H200's 78 SMs.")] = None,
     build: Annotated[bool, typer.Option(help="Build the libraries that are missing (nvcc; minutes, once).")] = True,
     jobs: Annotated[int, typer.Option(min=1, help="Compilers at once.")] = 1,
@@ -49,8 +49,9 @@ def bench(
     folder = checkout.root()
     emulation, readme, records, rivals = map(checkout.tool, ("emulation", "readme", "records", "rivals"))
     name = "h20" if emulate else grid
-    if name not in ("bars", "full", "h20"):
-        raise CommandError(f"grid: {grid!r}, expected bars or full")
+    grids = [g for g in checkout.tool("grid").GRIDS if g != "h20"]
+    if name not in (*grids, "h20"):
+        raise CommandError(f"grid: {grid!r}, expected one of {', '.join(grids)}")
     absent = emulation.missing() if emulate else [
         f for f in map(rivals.library_name, ("floor", "flashinfer", "fa3")) if not (rivals.library_dir() / f).is_file()
     ]  # fmt: skip
@@ -126,7 +127,7 @@ def report(
     readme, records = checkout.tool("readme"), checkout.tool("records")
     path = readme_file or root / "README.md"
     sources = _sources(records)
-    rows = {name: readme.latest(name) for name in ("bars", "full", "h20", "fp8")}
+    rows = {name: readme.latest(name) for name in checkout.tool("grid").GRIDS}
     drawn = []
     if plots and not check and rows["bars"]:
         drawn = readme.draw(modelling.pyplot(), rows["bars"], readme.PLOTS)

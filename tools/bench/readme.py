@@ -96,7 +96,7 @@ def results_section(sources: str | None) -> str:
 
 def fp8_section(sources: str | None) -> str:
     """The README's figures for an e4m3 cache, from whichever grid has them."""
-    for name in ("fp8", "bars", "full"):
+    for name in ("e4m3", "bars", "full"):
         rows = latest(name)
         if cells := _selected(rows, kv_dtype="e4m3", heads=16, q_len=1, batch=16, page_size=64, emulated=None):
             return f"{conditions(rows, sources)}\n\n{_table(cells)}"
