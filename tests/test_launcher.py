@@ -174,6 +174,24 @@ def test_shadow_mode_by_the_environment(tmp_path: Path) -> None:
     assert "shadow mode: 0 of 1 calls compared" in done.stderr and "FAILED: 1: RuntimeError" in done.stderr
 
 
+def test_sglangs_backend_gets_the_stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As SGLang 0.5.23 does it: imported inside the backend's constructor, kept in the instance, called from there."""
+    write_engine(tmp_path, SGL)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert SGL in autostart.install({"ETAP_ENABLE": "1"})
+    assert SGL not in sys.modules
+
+    class FlashAttentionBackend:
+        def __init__(self) -> None:
+            from sgl_kernel.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+            self.flash_attn_varlen_func = flash_attn_varlen_func
+            self.flash_attn_with_kvcache = flash_attn_with_kvcache
+
+    backend = FlashAttentionBackend()
+    assert routed(backend, "flash_attn_with_kvcache") and routed(backend, "flash_attn_varlen_func")
+
+
 def test_the_names_are_the_dispatchs() -> None:
     assert set(autostart.TARGET_NAMES) == set(dispatch.TARGETS)
 
