@@ -271,7 +271,9 @@ def test_measured_rules() -> None:
     more = call(heads=33)
     assert supports(more)[0] and choose(more) == (False, "more than 32 query rows: upstream is faster")
     assert decide(more) == "more than 32 query rows: upstream is faster"
-    assert decide(call(heads=32)) is decide(more, Limits(only_where_faster=False)) is None
+    assert decide(call(batch=5, heads=32)) is decide(more, Limits(only_where_faster=False)) is None
+    few = "more than 16 query rows, at most 4 requests: upstream is faster"
+    assert decide(call(batch=4, heads=17)) == few and decide(call(batch=4, heads=16)) is None
 
 
 def test_length_bounds_come_from_the_host() -> None:

@@ -302,6 +302,7 @@ def adapter(library: Path, monkeypatch) -> Adapter:
     made = Adapter(library)
     made.c.etap_fa3_set_mode(AUTO)
     made.c.etap_fa3_set_max_rows(64)
+    made.c.etap_fa3_set_only_where_faster(0)
     made.c.etap_fa3_set_p_parts(0)
     made.c.etap_fa3_reset_counts()
     return made
@@ -487,6 +488,21 @@ def test_row_limit(adapter: Adapter) -> None:
     assert not adapter.run(Call())["taken"] and adapter.last_reason().startswith("rows")
     assert adapter.c.etap_fa3_set_max_rows(32) == 31 and adapter.run(Call())["taken"]
     assert adapter.c.etap_fa3_set_max_rows(-1) == -1
+
+
+def test_what_upstream_is_faster_at(adapter: Adapter) -> None:
+    """Only by the switch "auto", and only if it is asked to look."""
+    rule = "upstream is faster: more than 32 rows, or more than 16 and at most 4 requests"
+    many = {"h": 16, "seqlen_q": 3}
+    assert adapter.c.etap_fa3_set_only_where_faster(1) == 0
+    for changes, taken in (({}, False), ({"b": 5}, True), ({"seqlen_q": 1}, True), ({"b": 5, **many}, False)):
+        assert adapter.run(Call(**changes)).get("taken") == taken, changes
+        assert adapter.last_reason() == ("taken" if taken else rule)
+    adapter.c.etap_fa3_set_mode(ALWAYS)
+    assert adapter.run(Call())["taken"]
+    adapter.c.etap_fa3_set_mode(AUTO)
+    assert adapter.c.etap_fa3_set_only_where_faster(0) == 1
+    assert adapter.run(Call())["taken"]
 
 
 def test_cuda_error_is_raised(adapter: Adapter) -> None:

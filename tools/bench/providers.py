@@ -153,7 +153,7 @@ class PatchedFlashAttention3(FlashAttention3):
     def __init__(self, rivals: Path, target: Target) -> None:
         super().__init__(rivals, target)
         etap = ctypes.CDLL(str(self.path))
-        etap.etap_fa3_set_mode(0)  # auto, whatever the environment says
+        etap.etap_fa3_set_mode(0)  # auto, whatever the environment says, with its measured rules
         etap.etap_fa3_set_p_parts(1 if target.emulated else 0)
 
 
