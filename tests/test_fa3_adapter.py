@@ -525,7 +525,7 @@ def test_environment(library: Path, value: str | None, mode: int) -> None:
     script = (
         "import os, test_fa3_adapter as t, pathlib, sys\n"
         "a = t.Adapter(pathlib.Path(sys.argv[1]))\n"
-        "first = a.run(t.Call())\n"
+        "first = a.run(t.Call(seqlen_q=1))\n"
         "os.environ['ETAP_FA3'] = 'never'\n"
         "print(t.json.dumps([a.c.etap_fa3_mode(), first.get('taken'), first.get('error')]))\n"
     )
