@@ -225,7 +225,9 @@ def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: 
         bad = ~out.isfinite()
         assert not bad.any(), f"{int(bad.sum())} of {out.numel()} outputs not finite, first {_first(bad)}: {p}"
         part = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[p.dtype]
-        own = (part if p_parts == 1 else 4 * part * part) + 2.0**-22 * (1 + built.logit_bound)
+        # wgmma truncates where it adds: at most 2^-23 of a score in each of 36 steps, some quarter of that seen (by one
+        # row in 4,032, at logits of 100); it goes through exp.
+        own = (part if p_parts == 1 else 4 * part * part) + 2.0**-20 * (1 + built.logit_bound)
         ours, theirs = (out.double() - exact).abs(), (rounded.double() - exact).abs()
         size = exact.abs()
         rms = [x.pow(2).mean().sqrt().item() for x in (ours, theirs, size)]

@@ -121,7 +121,8 @@ static void show(char const* name, cutlass::FastDivmod const& d) { show(name, d.
 
 namespace etap {
 cudaError_t acquire_workspace(int device, cudaStream_t stream, LaunchConfig const& c, void** workspace) {
-  show("device", device), show("workspace_stream", stream), show("workspace_bytes", workspace_bytes(c.num_ctas, c.row_tile));
+  show("device", device), show("workspace_stream", stream);
+  show("workspace_bytes", workspace_bytes(c.num_ctas, c.row_tile));
   *workspace = reinterpret_cast<void*>(uintptr_t(0x9000));
   return cudaSuccess;
 }

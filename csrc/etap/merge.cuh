@@ -19,8 +19,15 @@ struct MergeScratch {  // lies over the ring, which is idle by then
                     sizeof(float2) * kMaxCtas * Cfg::kRowTile <= Cfg::kRing * kChunkBytes);
 };
 
+// CuTe's statements do not tell the compiler that they write memory; these two do.
 ETAP_DEVICE void copy_async(float4* to, float4 const* from) {
   cute::SM80_CP_ASYNC_CACHEGLOBAL<float4>::copy(*from, *to);
+  asm volatile("" ::: "memory");
+}
+ETAP_DEVICE void await_copies() {
+  cute::cp_async_fence();
+  cute::cp_async_wait<0>();
+  asm volatile("" ::: "memory");
 }
 
 // What copy_async brought, or what is there once it is there.
@@ -108,8 +115,7 @@ ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
   int const quads = piece.num_parts * MergeScratch<Cfg>::kStatQuads;
   ETAP_ROLLED
   for (int i = thread; i < quads; i += kConsumerThreads) copy_async(stats + i, stat_quad(buffer, piece, i));
-  cute::cp_async_fence();
-  cute::cp_async_wait<0>();
+  await_copies();
   ETAP_ROLLED
   for (int i = thread; i < quads; i += kConsumerThreads) {
     stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
@@ -143,10 +149,9 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
       copy_async(&scratch.stage[k][thread], buffer.quads(piece.slot(next.part)) + quad_of(next));
       next.advance(group, groups, piece.num_parts);
     }
-    cute::cp_async_fence();
     if (!weighed) sync_consumers();
     weighed = true;
-    cute::cp_async_wait<0>();
+    await_copies();
     ETAP_ROLLED
     for (int k = 0; k < Scratch::kStage && at.block < blocks; ++k) {
       int const quad = quad_of(at), row = 8 * (quad / 128 % (Cfg::kRowTile / 8)) + 2 * (quad & 3), block = at.block;
