@@ -53,8 +53,6 @@ struct TileConfig {
   }
   static constexpr int kRopeRowBytes = kRopeDim * kElementBytes;
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
-  // e4m3: blocks of V^T that are widened while the softmax runs; few rows leave the registers for it.
-  static constexpr int kReadyBlocks = PParts * RowTile <= 16 ? 2 : 0;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T

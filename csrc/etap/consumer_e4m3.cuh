@@ -163,20 +163,7 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
   }
 }
 
-// The fragments of the tile's first two blocks of 64 latent columns, and the bytes of the third. `at`: the first latent
-// chunk, free then; it becomes the next.
-template <class Cfg>
-ETAP_DEVICE void prepare_values(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, LaneOffsets const& offsets,
-                                RingPosition<Cfg>& at, int lane) {
-  widen_values(pipe.bytes, pipe.a[0]);
-  load_value_group(pipe.bytes, chunk_address(smem, at) + offsets.values, 1);
-  widen_values(pipe.bytes, pipe.a[1]);
-  release_chunk(smem, at, lane);
-  at.advance();
-  load_value_group(pipe.bytes, chunk_address(smem, at) + offsets.values, 0);
-}
-
-// O^T += V^T P^T, left in flight; frees the latent chunks from `at` on, of whose first block the bytes are there.
+// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; its first block's bytes are there.
 template <class Cfg>
 ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                       LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
@@ -186,17 +173,15 @@ ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cf
   for (int c = 0; c < kLatentChunks; ++c) {
     Group& a = pipe.a[c & 1];
     if (c >= 2) cute::warpgroup_wait<1>();
-    if (c >= Cfg::kReadyBlocks) {
-      widen_values(pipe.bytes, a);
-      if (c % 2 == 0) {
-        load_value_group(pipe.bytes, values, 1);
-      } else {
-        release_chunk(smem, at, st.lane);
-        if (c + 1 < kLatentChunks) {
-          at.advance();
-          values = chunk_address(smem, at) + offsets.values;
-          load_value_group(pipe.bytes, values, 0);
-        }
+    widen_values(pipe.bytes, a);
+    if (c % 2 == 0) {
+      load_value_group(pipe.bytes, values, 1);
+    } else {
+      release_chunk(smem, at, st.lane);
+      if (c + 1 < kLatentChunks) {
+        at.advance();
+        values = chunk_address(smem, at) + offsets.values;
+        load_value_group(pipe.bytes, values, 0);
       }
     }
     cute::warpgroup_arrive();
@@ -218,7 +203,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
                                    E4m3Pipeline& pipe, LaneOffsets const& offsets, MaskBounds const& mask,
                                    RingPosition<Cfg> at, int tile, int buffer) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
-  RingPosition<Cfg> latent = at.ahead(1);
+  RingPosition<Cfg> const latent = at.ahead(1);
   uint32_t const values = chunk_address(smem, latent) + offsets.values;
   float scores[Cfg::kRowTile / 2];
   score_tile_e4m3(smem, pipe, offsets, at, st.group, st.lane, scores);
@@ -239,7 +224,6 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
       load_value_group(pipe.bytes, values, 0);
     }
   }
-  if constexpr (Cfg::kReadyBlocks > 0) prepare_values(smem, pipe, offsets, latent, st.lane);
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
   float tile_sum[kStats];
   bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to

@@ -179,7 +179,7 @@ TORCH_LIBRARY_FRAGMENT(etap, m) {
       "mla_decode(Tensor q_nope, Tensor q_rope, Tensor ckv_cache, Tensor kpe_cache, Tensor? page_table, "
       "Tensor cache_seqlens, Tensor? cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, "
       "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts, Tensor? ckv_scale=None, "
-      "Tensor? kpe_scale=None, float ckv_scale_value=1.0, float kpe_scale_value=1.0) -> ()");
+      "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1.) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(etap, CUDA, m) { m.impl("mla_decode", &etap::mla_decode); }
