@@ -103,6 +103,13 @@ ETAP_DEVICE uint32_t rope_offset(uint32_t row, uint32_t col16) {
   return Cfg::kE4m3 ? row * 64 + ((col16 ^ (row >> 1 & 3)) << 4) : swizzled(row, col16);
 }
 
+// Brings the page table's entries of a tile to L2, from two threads on. They come from HBM, and are looked up only one
+// tile before they are used.
+ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int request, int tile, int thread) {
+  int const entry = p.page_divmod.divide(tile * kTileKeys + thread * 32);
+  if (p.page_table && entry < p.max_pages) prefetch_l2(p.page_table + request * p.page_table_stride + entry);
+}
+
 // cp.async, 16 bytes a thread: neighbouring threads share a row's 128 bytes. The copies themselves arrive at the full
 // barrier; the consumers fence between the proxies.
 template <class Cfg>
@@ -113,6 +120,8 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
   constexpr int kVector = 16 / sizeof(Element);
   int const col16 = thread % 8, first_row = thread / 8;
   int const request = piece.request, len = piece.len, end = piece.end;
+  constexpr int kTilesAhead = 16;  // of the page table
+  if (thread < 2 * kTilesAhead) prefetch_entries(p, request, piece.begin, thread);
   KeyPlace next[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
@@ -131,6 +140,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
     if (tile < piece.begin) continue;
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
+    if (thread < 2) prefetch_entries(p, request, tile + kTilesAhead, thread);
     ETAP_ROLLED
     for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);

@@ -277,7 +277,8 @@ def test_registration() -> None:
     out, lse = built.new_out().zero_(), torch.zeros(2, 16, 1, device="cuda")
     scale = torch.ones(1, device="cuda")
     args = (*built.args, None, 1, numerics.DEFAULT_SCALE, False, out, lse, 0, 1, scale, None, 1.0, 2.0)
-    torch.library.opcheck(torch.ops.etap.mla_decode.default, args, test_utils=("test_schema", "test_faketensor"))
+    # not test_schema: torch cannot compare float8 tensors
+    torch.library.opcheck(torch.ops.etap.mla_decode.default, args, test_utils="test_faketensor")
 
 
 def test_operator_refuses_scales_without_e4m3() -> None:
