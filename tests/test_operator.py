@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Built, Problem, build, draw, judge
+from problems import Built, Problem, build, draw, draw_e4m3, judge
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import etap_integration
@@ -31,7 +31,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
 
     def kernel(*args) -> None:
         calls.append(args)
-        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts = args
+        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, *scales = args
         options = {
             "cu_seqlens_q": cu,
             "softmax_scale": scale,
@@ -39,7 +39,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
             "p_parts": parts,
             "out_dtype": out.dtype,
         }
-        result, result_lse = numerics.etap_model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
+        model = numerics.etap_model
+        if ckv.dtype == torch.float8_e4m3fn:
+            model = numerics.etap_e4m3_model
+            scales += (None, None, 1.0, 1.0)[len(scales) :]  # the dispatcher drops trailing defaults
+            values = [float(v) if t is None else t.item() for t, v in zip(scales[:2], scales[2:], strict=True)]
+            options |= {"ckv_scale": values[0], "kpe_scale": values[1]}
+        result, result_lse = model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
         assert max_q >= max(numerics.query_lengths(q_nope, cu))
         out.copy_(result)
         if lse is not None:
@@ -63,6 +69,28 @@ def test_drawn_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]
     built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
     out, lse = run(built)
     judge(built, out, lse, 1 if problem.precise is False else 2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_e4m3_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]) -> None:
+    problem = draw_e4m3(seed)
+    lengths = tuple(min(n, 300) for n in problem.lengths)
+    built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
+    out, lse = run(built)
+    judge(built, out, lse, 2 if problem.precise else 1)
+
+
+def test_scales_reach_the_kernel(stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(70, 3), e4m3=True), "cpu")
+    mla_decode(*built.args)
+    assert len(stand_in[-1]) == 14 and stand_in[-1][-1] == 1
+    each = torch.tensor([0.5, 0.25])
+    mla_decode(*built.args, kpe_scale=2)
+    assert stand_in[-1][-4:] == (None, None, 1.0, 2.0)
+    mla_decode(*built.args, ckv_scale=torch.tensor(0.5), kpe_scale=torch.empty(0))
+    assert stand_in[-1][14].item() == 0.5
+    assert ops._scale_arguments(each, None) == (each, None, 1.0, 1.0)
+    assert ops._scale_arguments(0.5, torch.empty(0)) == (None, None, 0.5, 1.0)
 
 
 def test_defaults(stand_in: list[tuple]) -> None:

@@ -117,11 +117,17 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
   cute::warpgroup_wait<0>();
 }
 
+// What brings scores to log2 units; those of an e4m3 cache are there already.
+template <class Cfg>
+ETAP_DEVICE float score_scale(MlaDecodeParams const& p) {
+  return Cfg::kE4m3 ? 1.0f : p.scale_log2;
+}
+
 // Sets masked scores so that scale x score is -inf, whatever lay in the cache slot.
 template <class Cfg>
 ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, ConsumerState<Cfg> const& st, int tile,
                              float (&scores)[Cfg::kRowTile / 2]) {
-  float const masked = p.scale_log2 < 0 ? INFINITY : -INFINITY;
+  float const masked = score_scale<Cfg>(p) < 0 ? INFINITY : -INFINITY;
   int const key = tile * kTileKeys + st.warp * 16 + st.lane / 4;
 #pragma unroll
   for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
@@ -137,7 +143,7 @@ ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, C
 // Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not.
 template <class Cfg>
 ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, int thread, int threads) {
-  for (int c = 0; c < kLatentChunks; ++c) {
+  for (int c = 0; c < Cfg::kRingLatent; ++c) {
     at.advance();
     for (int i = valid * 8 + thread; i < kTileKeys * 8; i += threads) {
       *reinterpret_cast<uint4*>(smem.ring[at.slot] + i * 16) = make_uint4(0, 0, 0, 0);
@@ -159,7 +165,7 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
     float e[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float const x = fmaf(scores[4 * j + i], p.scale_log2, -st.reference[2 * j + (i & 1)]);
+      float const x = fmaf(scores[4 * j + i], score_scale<Cfg>(p), -st.reference[2 * j + (i & 1)]);
       exceeds |= x > kReferenceSlack;
       e[i] = exp2_approx(x);
     }
@@ -204,7 +210,8 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
   auto& shared = smem.control.warp_stat[st.group];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
-    float const a = scores[4 * (i / 2) + (i & 1)] * p.scale_log2, b = scores[4 * (i / 2) + 2 + (i & 1)] * p.scale_log2;
+    float const scale = score_scale<Cfg>(p);
+    float const a = scores[4 * (i / 2) + (i & 1)] * scale, b = scores[4 * (i / 2) + 2 + (i & 1)] * scale;
     float top = fmaxf(a, b);
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));

@@ -8,6 +8,15 @@
 
 namespace etap {
 
+// Which of a warp's 16 latent columns a thread's fragment of O^T holds: this one, and the one kColumnStep further.
+// e4m3 values come from shared memory in pairs of neighbours.
+template <class Cfg>
+ETAP_DEVICE int fragment_column(int lane) {
+  return Cfg::kE4m3 ? lane / 4 * 2 : lane / 4;
+}
+template <class Cfg>
+constexpr int kColumnStep = Cfg::kE4m3 ? 1 : 8;
+
 // LSE of one row from its reference maximum (log2 units) and the sum under it.
 ETAP_DEVICE void write_lse(MlaDecodeParams const& p, RowTarget const& target, float reference, float sum) {
   if (!p.lse || target.out < 0) return;
@@ -100,12 +109,25 @@ ETAP_DEVICE void store_float(MlaDecodeParams const& p, RowTarget const* rows, Co
   for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
     int64_t const target = rows[st.row_of(i)].out;
     if (target < 0) continue;
-    float* const out = static_cast<float*>(p.out) + target + st.group * 256 + st.warp * 16 + st.lane / 4;
+    float* const out = static_cast<float*>(p.out) + target + st.group * 256 + st.warp * 16 +
+                       fragment_column<Cfg>(st.lane);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       out[c * kChunkCols] = result[c][4 * (i / 2) + (i & 1)];
-      out[c * kChunkCols + 8] = result[c][4 * (i / 2) + 2 + (i & 1)];
+      out[c * kChunkCols + kColumnStep<Cfg>] = result[c][4 * (i / 2) + 2 + (i & 1)];
     }
+  }
+}
+
+// A thread's pairs of neighbouring latent columns, of rows 2 (lane % 4) (+ 1) (+ 8), to 512-byte rows.
+template <class T, int Blocks>
+ETAP_DEVICE void store_neighbours(uint32_t base, uint32_t col16, int lane, float const* f) {
+  uint32_t const pair = lane / 4;
+#pragma unroll
+  for (int i = 0; i < 2 * (Blocks > 1 ? 2 : 1); ++i) {
+    uint32_t const row = 2 * (lane & 3) + (i & 1) + i / 2 * 8;
+    uint32_t const address = base + row * 512 + (((col16 + pair / 4) ^ (row & 7)) << 4) + pair % 4 * 4;
+    store_shared(address, pack_pair(f[4 * (i / 2) + (i & 1)], f[4 * (i / 2) + 2 + (i & 1)], T{}));
   }
 }
 
@@ -125,7 +147,9 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
       uint32_t const col16 = c * 8 + 2 * st.warp + half, row = upper * 8 + (st.lane & 7);
       uint32_t const address = base + row * 512 + ((col16 ^ (row & 7)) << 4);
       uint32_t const low = pack_pair(f[0], f[1], T{}), high = pack_pair(f[2], f[3], T{});
-      if constexpr (kBlocks == 1) {
+      if constexpr (Cfg::kE4m3) {
+        store_neighbours<T, kBlocks>(base, c * 8 + 2 * st.warp, st.lane, f);
+      } else if constexpr (kBlocks == 1) {
         store_matrices(address, low, high);
       } else {
         store_matrices(address, low, high, pack_pair(f[4], f[5], T{}), pack_pair(f[6], f[7], T{}));
@@ -219,7 +243,7 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   if (whole) {
 #pragma unroll
     for (int i = 0; i < kStats; ++i) {
-      float const scale = st.sum[i] > 0.0f ? 1.0f / st.sum[i] : 0.0f;
+      float const scale = st.sum[i] > 0.0f ? value_scale<Cfg>(piece) / st.sum[i] : 0.0f;
       own[i] *= scale;
       other[i] *= scale;
     }

@@ -13,7 +13,8 @@ namespace etap {
 enum class Dtype { kBf16, kFp16 };
 
 struct LaunchConfig {
-  Dtype dtype;
+  Dtype dtype;   // of the query, and of the cache unless that is e4m3
+  CacheFormat cache = CacheFormat::kQueryType;
   int row_tile;  // 8, 16 or 32
   int p_parts;   // 1 or 2
   int num_ctas;  // at most one per SM
@@ -22,8 +23,8 @@ struct LaunchConfig {
 // The smallest row tile that holds `rows`, or the largest there is.
 constexpr int row_tile_for(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
 
-// Keys per TMA box for this cache, or 0 if it must be gathered.
-int tma_box_rows(MlaDecodeParams const& params);
+// Keys per TMA box for a cache of these elements, or 0 if it must be gathered.
+int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it
 // serves any sequence of launches with as many CTAs and the same row tile; no two may use it at once.

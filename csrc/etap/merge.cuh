@@ -47,7 +47,7 @@ ETAP_DEVICE float4 const* stat_quad(PartialBuffer<Cfg> const& buffer, Piece cons
 
 // Weights of the parts, and the scale of each row. One row belongs to kConsumerThreads / kRowTile consecutive lanes.
 template <class Cfg>
-ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, RowTarget const* rows,
+ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, PieceInfo const& piece, RowTarget const* rows,
                                MergeScratch<Cfg>& scratch, int thread) {
   constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;
   static_assert(kLanes <= 32);
@@ -66,7 +66,7 @@ ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, Row
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
   if (first > 0) return;
-  scratch.scale[r] = sum > 0.0f ? 1.0f / sum : 0.0f;
+  scratch.scale[r] = sum > 0.0f ? value_scale<Cfg>(piece) / sum : 0.0f;
   if (piece.part == 0) write_lse(p, rows[r], top, sum);
 }
 
@@ -75,7 +75,7 @@ template <class T, class Cfg>
 ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, int quad, float4 v) {
   constexpr int kQuads = Cfg::kRowTile / 8;
   int const lane = quad % 32, chunk = quad / (128 * kQuads);
-  int const column = chunk * kChunkCols + quad % 128 / 32 * 16 + lane / 4;
+  int const column = chunk * kChunkCols + quad % 128 / 32 * 16 + fragment_column<Cfg>(lane);
   int const row = 8 * (quad / 128 % kQuads) + 2 * (lane & 3);
   float const values[2][2] = {{v.x, v.z}, {v.y, v.w}};
 #pragma unroll
@@ -86,11 +86,11 @@ ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, flo
     if (p.out_fp32) {
       float* const out = static_cast<float*>(p.out) + target + column;
       out[0] = low;
-      out[8] = high;
+      out[kColumnStep<Cfg>] = high;
     } else {
       T* const out = static_cast<T*>(p.out) + target + column;
       out[0] = T(low);
-      out[8] = T(high);
+      out[kColumnStep<Cfg>] = T(high);
     }
   }
 }
@@ -109,7 +109,7 @@ struct MergeCursor {
 
 // Statistics of all parts to shared memory, then weights.
 template <class Cfg>
-ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
+ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, PieceInfo const& piece,
                              RowTarget const* rows, MergeScratch<Cfg>& scratch, int thread) {
   float4* const stats = reinterpret_cast<float4*>(scratch.stats);
   int const quads = piece.num_parts * MergeScratch<Cfg>::kStatQuads;
@@ -126,7 +126,7 @@ ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
 
 // This CTA's slice of a piece's rows.
 template <class T, class Cfg>
-ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
+ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, PieceInfo const& piece,
                              RowTarget const* rows, MergeScratch<Cfg>& scratch, int thread) {
   using Scratch = MergeScratch<Cfg>;
   weigh_parts(p, buffer, piece, rows, scratch, thread);
@@ -183,7 +183,7 @@ ETAP_DEVICE void merge_pending(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   ETAP_ROLLED
   for (int i = 0; i < smem.control.num_pending; ++i) {
     sync_consumers();  // the ring is idle, pending[] is written; the scratch may be written again
-    Piece const piece = smem.control.pending[i];
+    PieceInfo const piece = smem.control.pending[i];
     merge_slice<T>(p, buffer, piece, smem.control.rows[i], scratch, thread);
   }
 }

@@ -43,6 +43,12 @@ struct MlaDecodeParams {
   int box_rows;                 // keys per TMA box (8 to 64), or 0: gather by cp.async
   bool gather_16b;              // gather rows are 16-byte aligned
 
+  // e4m3 cache: what its elements are multiplied by, per request where a stride is not 0; the value if no pointer
+  float ckv_scale, kpe_scale;
+  float const* ckv_scale_data;
+  float const* kpe_scale_data;
+  int64_t ckv_scale_stride, kpe_scale_stride;
+
   // output
   void* out;                    // (batch, token, head, 512)
   RowStrides out_stride;

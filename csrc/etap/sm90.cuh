@@ -132,6 +132,10 @@ ETAP_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b) {
                : "memory");
 }
 
+ETAP_DEVICE void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 // ---- words shared between CTAs of one launch. No order among them and the rest is asked for (no "memory" clobber: it
 // would have shared memory read again and again).
 ETAP_DEVICE void store_relaxed(float4* p, float4 v) {

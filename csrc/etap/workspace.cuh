@@ -20,7 +20,7 @@ struct PartialBuffer {
              (epoch & 1) * (2 * gridDim.x) * uint64_t(kSlotBytes)) {}
 
   // In fragment order: quad q of chunk c belongs to thread q % 128 of a warpgroup and holds rows 8 j + 2 (lane % 4)
-  // (+ 1), j = q / 128, at latent columns d, d + 8.
+  // (+ 1), j = q / 128, at two latent columns (see fragment_column).
   ETAP_DEVICE float4* quads(int slot) const { return reinterpret_cast<float4*>(base + int64_t(slot) * kSlotBytes); }
   // Of each row, the reference maximum (log2 units) and the sum under it.
   ETAP_DEVICE float2* stats(int slot) const { return reinterpret_cast<float2*>(quads(slot) + kQuads); }
