@@ -37,7 +37,7 @@ def print_configurations() -> None:
     for c in host.kernel_configs():
         s, o = c["wgmma_n"]
         print(
-            f"up to {c['row_tile']:2} rows, P in {c['p_parts']}: wgmma m64n{s}k16 for S^T, m64n{o}k16 for O^T, "
+            f"{c['cache']} cache, up to {c['row_tile']:2} rows, P in {c['p_parts']}: wgmma m64n{s}k16 for S^T, m64n{o}k16 for O^T, "
             f"{c['ring_chunks']} ring chunks, {c['smem_bytes']} B of shared memory"
         )
     work = [pieces for pieces in host.cta_work([65536] * 16, None, 16, 16, 132) if pieces]
