@@ -120,10 +120,8 @@ static void show(char const* name, etap::RowStrides const& s) {
 static void show(char const* name, cutlass::FastDivmod const& d) { show(name, d.divisor); }
 
 namespace etap {
-size_t workspace_bytes(LaunchConfig const& c) { return 4096 + c.num_ctas * c.row_tile; }
-void set_workspace(MlaDecodeParams& p, LaunchConfig const&, void* base) { p.merge_count = static_cast<int*>(base); }
-cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, void** workspace) {
-  show("device", device), show("workspace_stream", stream), show("workspace_bytes", bytes);
+cudaError_t acquire_workspace(int device, cudaStream_t stream, LaunchConfig const& c, void** workspace) {
+  show("device", device), show("workspace_stream", stream), show("workspace_bytes", workspace_bytes(c.num_ctas, c.row_tile));
   *workspace = reinterpret_cast<void*>(uintptr_t(0x9000));
   return cudaSuccess;
 }
@@ -182,7 +180,7 @@ SEEN = """
     batch num_heads heads_divmod q_len cu_seqlens_q cache_seqlens causal scale_log2 q_nope q_rope q_nope_stride
     q_rope_stride ckv kpe ckv_page_stride ckv_row_stride kpe_page_stride kpe_row_stride num_pages page_size page_divmod
     capacity page_table cache_batch_idx page_table_stride max_pages out out_stride out_fp32 lse lse_stride lse_unit
-    merge_count
+    workspace
 """.split()
 GIVEN = """
     q_ptr k_ptr v_ptr o_ptr softmax_lse_ptr q_batch_stride k_batch_stride v_batch_stride o_batch_stride q_row_stride
@@ -319,7 +317,7 @@ def test_paged_call(adapter: Adapter) -> None:
     assert seen.pop("lse_unit") == pytest.approx(math.log(2))
     assert seen.pop("workspace_bytes") >= 4096
     assert seen == {
-        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "merge_count": 0x9000,
+        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "workspace": 0x9000,
         "fp16": 0, "row_tile": 32, "p_parts": 2, "num_ctas": 100,
         "batch": 3, "num_heads": 16, "heads_divmod": 16, "q_len": 2, "cu_seqlens_q": 0, "cache_seqlens": 0x7000,
         "causal": 1,

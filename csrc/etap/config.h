@@ -15,7 +15,17 @@ constexpr int kConsumerGroups = 2;                  // consumer warpgroups
 constexpr int kConsumerThreads = kConsumerGroups * 128;
 constexpr int kThreads = kConsumerThreads + 128;    // and one producer warpgroup
 constexpr int kMaxSharedBytes = 227 * 1024;         // what sm_90 lets one block opt in to
+// Latent chunk that the i-th one loaded of a tile is. Tiles of warpgroup 1 begin with the upper half, so that each
+// warpgroup finds in its first accumulators the half of O^T that it finishes.
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
+constexpr int latent_chunk(int i, int group) { return i ^ (group * (kLatentChunks / 2)); }
 constexpr int kMaxRing = 24;
+constexpr int kMaxCtas = 256;                       // of one launch: more SMs than any Hopper GPU has
+
+// A slot of the workspace: a partial O^T (fp32), then per row its reference maximum and sum, in whole lines.
+constexpr int slot_bytes(int row_tile) { return row_tile * kLatentDim * 4 + (row_tile * 8 + 127) / 128 * 128; }
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
 // More rows than 32 loop over row tiles: a warpgroup's registers hold O^T (512 x 32 fp32), and no more.

@@ -17,7 +17,7 @@ constexpr float kReferenceSlack = 8.0f; // scores may exceed the reference maxim
 template <class Cfg>
 struct ConsumerState {
   static constexpr int kStats = Cfg::kRowTile / 4;  // rows that one thread holds statistics of
-  float out[kLatentChunks][Cfg::kPvRows / 2];       // O^T
+  float out[kLatentChunks][Cfg::kPvRows / 2];       // O^T, in the order of latent_chunk
   float reference[kStats];                            // log2 units; the same in all threads of the warpgroup
   float sum[kStats];                                  // of this thread's keys alone
   bool fresh;                                         // no tile of this piece seen yet
@@ -92,7 +92,7 @@ ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInf
 
 // S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
 template <class T, class Cfg>
-ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool gathered,
+ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int group, bool gathered,
                             float (&scores)[Cfg::kRowTile / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   uint32_t const ring = descriptor_low(shared_address(smem.ring));
@@ -111,7 +111,7 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool
       scale = ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
-    q = c == 0 ? query : q + kQueryChunk;
+    q = query + latent_chunk(c, group) * kQueryChunk;  // of the next chunk
     at.advance();
   }
   cute::warpgroup_wait<0>();
@@ -194,6 +194,8 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
   return exceeds;
 }
 
+ETAP_DEVICE float& warp_entry(float4& of_warps, int warp) { return reinterpret_cast<float*>(&of_warps)[warp]; }
+
 // Raises the reference maximum to cover the tile, and rescales what was accumulated under the old one.
 template <class Cfg>
 ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
@@ -206,15 +208,14 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
     float top = fmaxf(a, b);
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    if (st.lane < 4) shared[st.warp][st.row_of(i)] = top;
+    if (st.lane < 4) warp_entry(shared[st.row_of(i)], st.warp) = top;
   }
   sync_group(st.group);
   float factor[kStats];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
-    float m = st.reference[i];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) m = fmaxf(m, shared[w][st.row_of(i)]);
+    float4 const tops = shared[st.row_of(i)];
+    float const m = fmaxf(fmaxf(fmaxf(st.reference[i], tops.x), fmaxf(tops.y, tops.z)), tops.w);
     factor[i] = exp2_approx(st.reference[i] - m);
     st.reference[i] = m;
     st.sum[i] *= factor[i];
@@ -267,7 +268,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
                               MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
   float scores[Cfg::kRowTile / 2];
-  score_tile<T>(smem, at, p.box_rows == 0, scores);
+  score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
   if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {

@@ -70,19 +70,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
   if (warp == 0) {
     plan_launch(p, smem, lane);
-  } else if (warp == 1) {
-    init_barriers(p, smem, lane);
-  } else if (warp == 2) {
-    prefetch_page_table(p, lane);
-  } else if (warp == 3 && lane == 0 && p.box_rows) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
-    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    __syncwarp();
+    NamedBarrier::arrive(kThreads, kBarrierStart);
+    NamedBarrier::sync(64, kBarrierInit);  // with warp 1, long done
+  } else {
+    if (warp == 1) {
+      init_barriers(p, smem, lane);
+      NamedBarrier::arrive(64, kBarrierInit);
+    } else if (warp == 2) {
+      prefetch_page_table(p, lane);
+    } else if (warp == 3 && lane == 0 && p.box_rows) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    }
+    NamedBarrier::sync(kThreads, kBarrierStart);
   }
-  __syncthreads();
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<72>();
     if (warp == 3) write_empty_requests(p, lane);
     produce(p, ckv_map, kpe_map, smem, warp, lane);
+    if (warp == 0) turn_workspace<Cfg>(p, smem.control.epoch, lane);
   } else {
     cutlass::arch::warpgroup_reg_alloc<216>();
     consume<T>(p, smem, warp / 4 - 1, warp % 4, lane);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "config.h"
 #include "params.h"
 
 namespace etap {
@@ -24,13 +25,11 @@ constexpr int row_tile_for(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 1
 // Keys per TMA box for this cache, or 0 if it must be gathered.
 int tma_box_rows(MlaDecodeParams const& params);
 
-constexpr int kMaxCtas = 256;
-
-// The workspace: counters (0 between launches), then words of 0xff bytes. The kernel leaves it that way, whatever the
-// configuration, so one initialisation serves any sequence of launches; no two may use it at once.
-constexpr size_t kMergeCountBytes = 2 * kMaxCtas * sizeof(int);
-size_t workspace_bytes(LaunchConfig const& config);
-void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* workspace);
+// The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it
+// serves any sequence of launches with as many CTAs and the same row tile; no two may use it at once.
+constexpr size_t workspace_bytes(int num_ctas, int row_tile) {  // two buffers of two slots a CTA
+  return kWorkspaceHeaderBytes + 2 * 2 * size_t(num_ctas) * slot_bytes(row_tile);
+}
 
 // Enqueues the kernel on the stream; nothing else.
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream);

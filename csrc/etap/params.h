@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "config.h"
+
 namespace etap {
 
 struct RowStrides {  // of a tensor indexed (batch, token, head, column); ragged tensors have batch == 0
@@ -50,11 +52,19 @@ struct MlaDecodeParams {
   RowStrides lse_stride;
   float lse_unit;               // ln 2: natural log; 1: base 2
 
-  // workspace: 2 slots a CTA
-  float* partial_out;           // [slot][row_tile * 512], kUnwritten between launches
-  float* partial_stats;         // [slot][row_tile][2] (maximum in log2 units, sum), likewise
-  int* merge_count;             // [slot], zero between launches
+  void* workspace;              // workspace.cuh
 };
+
+// What a workspace starts with: all zero before its first launch. Host code knows its size only.
+struct WorkspaceHeader {
+  uint32_t epoch;                 // launches so far
+  uint32_t readers;               // CTAs of this launch that are done with the epoch
+  uint32_t pad[2];
+  uint8_t dirty[kMaxCtas][2][2];  // [CTA][buffer][slot of the CTA]: holds a partial result
+};
+
+constexpr int kWorkspaceHeaderBytes = 2048;
+static_assert(sizeof(WorkspaceHeader) <= kWorkspaceHeaderBytes);
 
 // A word that no arithmetic instruction produces (its NaNs are 0x7fffffff): "not written yet".
 constexpr uint32_t kUnwritten = 0xffffffffu;

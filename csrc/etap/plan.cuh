@@ -2,7 +2,7 @@
 // other roles.
 #pragma once
 
-#include "storage.cuh"
+#include "workspace.cuh"
 
 namespace etap {
 
@@ -86,9 +86,11 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
 // Makes the plan and this CTA's first piece.
 template <class Cfg>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
+  uint32_t const epoch = read_epoch(p);
   // Up to 32 requests, each lane keeps the one request it ever asks for.
   RequestWork const own = lane < p.batch ? request_work<Cfg>(p, lane) : RequestWork{0, 0};
   auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
+  if (lane == 0) smem.control.epoch = epoch;
   WorkTotals totals;
   ETAP_ROLLED
   for (int b = lane; b < p.batch; b += 32) totals.add(work_of(b));
@@ -129,6 +131,7 @@ ETAP_DEVICE void post_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
     PieceCursor cursor = smem.control.cursor;
     next_piece(p, smem, cursor, index, lane);
   }
+  __syncwarp();
   if (lane == 0) smem.control.piece_full[index % kPieceBuffers].arrive();
 }
 

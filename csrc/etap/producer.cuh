@@ -56,13 +56,14 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
         int const row = __shfl_sync(~0u, box.row, tile), page = __shfl_sync(~0u, box.page, tile);
         if (cute::elect_one_sync()) {
           RingPosition<Cfg> to = at;
+          int const flip = latent_chunk(0, (first + tile - begin) & 1) * kChunkCols;
 #pragma unroll
           for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
             smem.control.empty[to.slot].wait(to.parity ^ 1);
             smem.control.full[to.slot].arrive_and_expect_tx(kChunkBytes);
             cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
                                          reinterpret_cast<uint64_t*>(&smem.control.full[to.slot]), kHint,
-                                         smem.ring[to.slot], chunk < 0 ? 0 : chunk * kChunkCols, row, page);
+                                         smem.ring[to.slot], chunk < 0 ? 0 : (chunk * kChunkCols) ^ flip, row, page);
             to.advance();
           }
         }
@@ -78,8 +79,9 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
         if (lane_tile == tile) {
           cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
                                        reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]), kHint,
-                                       smem.ring[at.slot] + row_in_tile * 128, max(chunk, 0) * kChunkCols, box.row,
-                                       box.page);
+                                       smem.ring[at.slot] + row_in_tile * 128,
+                                       chunk < 0 ? 0 : latent_chunk(chunk, (first + tile - begin) & 1) * kChunkCols,
+                                       box.row, box.page);
         }
         at.advance();
       }
@@ -112,6 +114,8 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
       next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < piece.begin) continue;
+    int const first_col = latent_chunk(0, (tile - piece.begin) & 1) * kChunkCols;
+    int const wrap = first_col ? kChunkCols - kLatentDim : kChunkCols;  // after half of them, back to the first
     ETAP_ROLLED
     for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
@@ -122,7 +126,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
                                                        *reinterpret_cast<uint4*>(to));
         }
-        from[i] += kChunkCols;
+        from[i] += chunk == kLatentChunks / 2 - 1 ? wrap : kChunkCols;
       }
       cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));
       at.advance();
@@ -130,7 +134,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           from[i] = static_cast<uint16_t const*>(p.ckv) + place[i].page * p.ckv_page_stride +
-                    place[i].row * p.ckv_row_stride + col16 * 8;
+                    place[i].row * p.ckv_row_stride + col16 * 8 + first_col;
         }
       }
     }
@@ -152,7 +156,8 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
       uint16_t const* from = chunk < 0 ? static_cast<uint16_t const*>(p.kpe) + place.page * p.kpe_page_stride +
                                              place.row * p.kpe_row_stride
                                        : static_cast<uint16_t const*>(p.ckv) + place.page * p.ckv_page_stride +
-                                             place.row * p.ckv_row_stride + chunk * kChunkCols;
+                                             place.row * p.ckv_row_stride +
+                                             latent_chunk(chunk, (tile - piece.begin) & 1) * kChunkCols;
       uint16_t* to = reinterpret_cast<uint16_t*>(smem.ring[at.slot] + swizzled(row, col16));
       for (int i = 0; i < 8; ++i) to[i] = __ldg(from + col16 * 8 + i);
     }

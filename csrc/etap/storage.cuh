@@ -54,8 +54,8 @@ struct alignas(1024) SharedStorage {
   // readers of the tile before.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbBytes];
   struct Control {
-    float warp_stat[kConsumerGroups][4][Cfg::kRowTile];  // per warp: tile maximum, or sum
-    float2 group_stat[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units), sum
+    float4 warp_stat[kConsumerGroups][Cfg::kRowTile];  // of each warp of a warpgroup: tile maximum, or sum
+    float reference[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units)
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
     EmptyBarrier empty[Cfg::kRing];    // one arrival per warp of the warpgroup that used the chunk last
@@ -63,6 +63,7 @@ struct alignas(1024) SharedStorage {
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
     int next_chunk, num_pending;       // behind the last piece posted
+    uint32_t epoch;                    // of the workspace
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
@@ -75,9 +76,8 @@ ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
 ETAP_DEVICE int query_len(MlaDecodeParams const& p, int request) {
   return p.cu_seqlens_q ? p.cu_seqlens_q[request + 1] - p.cu_seqlens_q[request] : p.q_len;
 }
-ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) {
-  return min(max(p.cache_seqlens[request], 0), p.capacity);
-}
+ETAP_DEVICE int clamped_len(MlaDecodeParams const& p, int cache_seqlen) { return min(max(cache_seqlen, 0), p.capacity); }
+ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) { return clamped_len(p, p.cache_seqlens[request]); }
 
 // A request's row of the page table. Meaningless where there is none.
 ETAP_DEVICE int const* page_row(MlaDecodeParams const& p, int request) {
@@ -91,10 +91,13 @@ ETAP_DEVICE int64_t row_offset(MlaDecodeParams const& p, RowStrides const& s, in
 }
 
 template <class Cfg>
+ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int cache_seqlen, int query_len) {
+  return {(clamped_len(p, cache_seqlen) + kTileKeys - 1) / kTileKeys,
+          (query_len * p.num_heads + Cfg::kRowTile - 1) / Cfg::kRowTile};
+}
+template <class Cfg>
 ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int request) {
-  constexpr int kRowTile = Cfg::kRowTile;
-  return {(cache_len(p, request) + kTileKeys - 1) / kTileKeys,
-          (query_len(p, request) * p.num_heads + kRowTile - 1) / kRowTile};
+  return request_work<Cfg>(p, p.cache_seqlens[request], query_len(p, request));
 }
 
 }  // namespace etap

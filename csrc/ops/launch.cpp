@@ -68,8 +68,6 @@ bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaD
          (p.num_pages == 1 || fits(page_stride));
 }
 
-size_t partial_floats(LaunchConfig const& config) { return 2 * size_t(config.num_ctas) * config.row_tile * kLatentDim; }
-
 }  // namespace
 
 int tma_box_rows(MlaDecodeParams const& p) {
@@ -80,17 +78,6 @@ int tma_box_rows(MlaDecodeParams const& p) {
   if (!p.page_table) return kTileKeys;  // tiles start at multiples of 64 of the one page; its end is TMA's to mask
   int const rows = std::min(p.page_size & -p.page_size, kTileKeys);  // power of two that divides the page size
   return rows >= 8 ? rows : 0;
-}
-
-size_t workspace_bytes(LaunchConfig const& config) {
-  size_t const stats = 2 * size_t(config.num_ctas) * config.row_tile * 2;
-  return kMergeCountBytes + (partial_floats(config) + stats) * sizeof(float);
-}
-
-void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* workspace) {
-  params.merge_count = static_cast<int*>(workspace);
-  params.partial_out = reinterpret_cast<float*>(static_cast<char*>(workspace) + kMergeCountBytes);
-  params.partial_stats = params.partial_out + partial_floats(config);
 }
 
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {

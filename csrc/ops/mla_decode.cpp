@@ -143,9 +143,7 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
   config.num_ctas = num_ctas == 0 ? sms : static_cast<int>(std::min<int64_t>(num_ctas, sms));
-  void* workspace = nullptr;
-  C10_CUDA_CHECK(acquire_workspace(q_nope.get_device(), stream, workspace_bytes(config), &workspace));
-  set_workspace(params, config, workspace);
+  C10_CUDA_CHECK(acquire_workspace(q_nope.get_device(), stream, config, &params.workspace));
   C10_CUDA_CHECK(launch_mla_decode(params, config, stream));
 }
 
