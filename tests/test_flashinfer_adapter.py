@@ -292,7 +292,8 @@ def test_call(adapter: Adapter) -> None:
     seen = adapter.run()
     assert seen.pop("scale_log2") == pytest.approx(0.25 / math.log(2))
     assert seen == {
-        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "workspace": 0x9000, "workspace_for": 132032,
+        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001,
+        "workspace": 0x9000, "workspace_for": 132032,
         "fp16": 0, "row_tile": 32, "p_parts": 2, "num_ctas": 132,
         "batch": 3, "num_heads": 16, "heads_divmod": 16, "q_len": 2, "causal": 1,
         "cu_seqlens_q": 0x100040, "page_indptr": 0x100050, "cache_seqlens": 0x10005C,
