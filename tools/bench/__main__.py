@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
 IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
+PATCHED = ("flashinfer-etap",)
 
 
 def _labelled(library: str) -> tuple[str | None, Path]:
@@ -50,7 +51,8 @@ def run(
         Path | None, typer.Option("--rivals", help="Folder with the rivals' libraries, as `build-rivals` makes them.")
     ] = None,
     impl: Annotated[
-        list[str] | None, typer.Option(help=f"Only these implementations: {', '.join(IMPLEMENTATIONS)}. Repeatable.")
+        list[str] | None,
+        typer.Option(help=f"Only these: {', '.join(IMPLEMENTATIONS)} (the default), {', '.join(PATCHED)}. Repeatable."),
     ] = None,
     match: Annotated[
         list[str] | None,
@@ -72,8 +74,9 @@ def run(
         rest = _without_libraries(sys.argv[1:])
         codes = [subprocess.call([sys.executable, "-m", "tools.bench", *rest, "--library", one]) for one in library]
         raise typer.Exit(max(codes))
-    if unknown := sorted(set(impl or ()) - set(IMPLEMENTATIONS)):
-        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(IMPLEMENTATIONS)}", param_hint="--impl")
+    if unknown := sorted(set(impl or ()) - {*IMPLEMENTATIONS, *PATCHED}):
+        known = ", ".join((*IMPLEMENTATIONS, *PATCHED))
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {known}", param_hint="--impl")
     if verify not in ("auto", "all", "none"):
         raise typer.BadParameter(f"{verify!r} is none of auto, all, none", param_hint="--verify")
     try:
