@@ -15,7 +15,8 @@ namespace etap {
 // The page table's first use waits for the lengths: have it in L2 by then.
 ETAP_DEVICE void prefetch_page_table(MlaDecodeParams const& p, int thread) {
   int const line = thread * gridDim.x + blockIdx.x, lines_per_row = (p.max_pages + 31) / 32;
-  if (p.page_table && thread < 32 && line < lines_per_row * p.batch) {
+  int const rows = p.page_indptr ? 1 : p.batch;
+  if (p.page_table && thread < 32 && line < lines_per_row * rows) {
     prefetch_l2(p.page_table + line / lines_per_row * p.page_table_stride + line % lines_per_row * 32);
   }
 }

@@ -39,7 +39,8 @@ struct MlaDecodeParams {
   int const* page_table;        // null: the cache is not paged, and page b (or cache_batch_idx[b]) is request b's
   int const* cache_batch_idx;   // [batch] or null; only without a page table
   int64_t page_table_stride;
-  int max_pages;                // page-table entries per request
+  int const* page_indptr;       // [batch] or null: request b's pages begin at page_table[page_indptr[b]] (CSR)
+  int max_pages;                // page-table entries per request; with page_indptr, of all requests
   int box_rows;                 // keys per TMA box (8 to 64), or 0: gather by cp.async
   bool gather_16b;              // gather rows are 16-byte aligned
 

@@ -51,6 +51,7 @@ template <class Cfg>
 ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, Piece const& piece) {
   PieceInfo& to = smem.control.piece[index % kPieceBuffers];
   static_cast<Piece&>(to) = piece;
+  to.pages = page_row(p, piece.request);
   to.len = cache_len(p, piece.request);
   to.token0 = query_begin(p, piece.request);
   to.q_len = query_len(p, piece.request);

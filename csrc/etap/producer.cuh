@@ -25,11 +25,11 @@ struct KeyPlace {
   int page, row;
 };
 
-ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int key) {
+ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int const* pages, int key) {
   if (!p.page_table) return {p.cache_batch_idx ? p.cache_batch_idx[request] : request, key};
   int entry, row;
   p.page_divmod(entry, row, key);
-  return {p.page_table[request * p.page_table_stride + entry], row};
+  return {pages[entry], row};
 }
 
 // Lane i looks up the i-th box of a round of boxes. What a chunk costs here, from the wait to the copy, delays every
@@ -42,13 +42,14 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
   int const tiles_per_round = 32 / boxes;
   int const lane_tile = lane / boxes, row_in_tile = lane % boxes * p.box_rows;
   int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
+  int const* const pages = piece.pages;
   KeyPlace box{}, next{};
   ETAP_ROLLED
   for (int first = begin - tiles_per_round; first < end; first += tiles_per_round) {  // one round of look-ups ahead
     box = next;
     int const key = (first + tiles_per_round + lane_tile) * kTileKeys + row_in_tile;
     // Boxes past the length get a row past the page, for which TMA writes zeros without reading.
-    next = key < len ? locate_key(p, request, key) : KeyPlace{0, p.page_size};
+    next = key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
     if (first < begin) continue;
     int const count = min(tiles_per_round, end - first);
     ETAP_ROLLED
@@ -105,9 +106,9 @@ ETAP_DEVICE uint32_t rope_offset(uint32_t row, uint32_t col16) {
 
 // Brings the page table's entries of a tile to L2, from two threads on. They come from HBM, and are looked up only one
 // tile before they are used.
-ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int request, int tile, int thread) {
-  int const entry = p.page_divmod.divide(tile * kTileKeys + thread * 32);
-  if (p.page_table && entry < p.max_pages) prefetch_l2(p.page_table + request * p.page_table_stride + entry);
+ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int const* pages, int len, int tile, int thread) {
+  int const key = tile * kTileKeys + thread * 32;
+  if (p.page_table && key < len) prefetch_l2(pages + p.page_divmod.divide(key));
 }
 
 // cp.async, 16 bytes a thread: neighbouring threads share a row's 128 bytes. The copies themselves arrive at the full
@@ -120,8 +121,9 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
   constexpr int kVector = 16 / sizeof(Element);
   int const col16 = thread % 8, first_row = thread / 8;
   int const request = piece.request, len = piece.len, end = piece.end;
+  int const* const pages = piece.pages;
   constexpr int kTilesAhead = 16;  // of the page table
-  if (thread < 2 * kTilesAhead) prefetch_entries(p, request, piece.begin, thread);
+  if (thread < 2 * kTilesAhead) prefetch_entries(p, pages, len, piece.begin, thread);
   KeyPlace next[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
@@ -135,12 +137,12 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
       from[i] = static_cast<Element const*>(p.kpe) + place[i].page * p.kpe_page_stride +
                 place[i].row * p.kpe_row_stride + col16 * kVector;
       int const key = (tile + 1) * kTileKeys + first_row + 16 * i;
-      next[i] = key < len && tile + 1 < end ? locate_key(p, request, key) : KeyPlace{0, -1};  // row < 0: no key
+      next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < piece.begin) continue;
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
-    if (thread < 2) prefetch_entries(p, request, tile + kTilesAhead, thread);
+    if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
     ETAP_ROLLED
     for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
@@ -182,7 +184,7 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
     smem.control.empty[at.slot].wait(at.parity ^ 1);
     ETAP_ROLLED
     for (int row = thread / 8; row < min(kTileKeys, piece.len - tile * kTileKeys); row += 16) {
-      KeyPlace const place = locate_key(p, piece.request, tile * kTileKeys + row);
+      KeyPlace const place = locate_key(p, piece.request, piece.pages, tile * kTileKeys + row);
       Element const* from = chunk < 0 ? static_cast<Element const*>(p.kpe) + place.page * p.kpe_page_stride +
                                             place.row * p.kpe_row_stride
                                       : static_cast<Element const*>(p.ckv) + place.page * p.ckv_page_stride +

@@ -31,6 +31,7 @@ struct RingPosition {
 
 // A piece as the CTA's roles share it.
 struct PieceInfo : Piece {
+  int const* pages; // its row of the page table
   int len;          // keys of the request
   int token0;       // its first query token, where tokens are ragged
   int q_len;        // its query tokens
@@ -79,6 +80,11 @@ ETAP_DEVICE int query_len(MlaDecodeParams const& p, int request) {
 }
 ETAP_DEVICE int clamped_len(MlaDecodeParams const& p, int cache_seqlen) { return min(max(cache_seqlen, 0), p.capacity); }
 ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) { return clamped_len(p, p.cache_seqlens[request]); }
+
+// A request's row of the page table. Meaningless where there is none.
+ETAP_DEVICE int const* page_row(MlaDecodeParams const& p, int request) {
+  return p.page_table + (p.page_indptr ? p.page_indptr[request] : request * p.page_table_stride);
+}
 
 // Element offset of row `row` (token x heads + head) of a request.
 ETAP_DEVICE int64_t row_offset(MlaDecodeParams const& p, RowStrides const& s, int request, int token0, int row) {

@@ -1,4 +1,4 @@
-"""Routes the attention calls of an unpatched FlashAttention-3, SGLang or vLLM to `mla_decode`, and back again.
+"""Routes the attention calls of an unpatched FlashAttention-3, SGLang, vLLM or FlashInfer to `mla_decode`, and back.
 
     enable(), disable()     for the process
     with patched(): ...     for a while; may be nested, also inside enable()
@@ -24,8 +24,9 @@ import torch
 from etap_integration.dispatch.bindings import Replacement
 from etap_integration.dispatch.calls import Call, Machine, UnknownSignature
 from etap_integration.dispatch.decision import DEFAULT_MAX_ROWS, Limits, choose, supports
-from etap_integration.dispatch.routing import TALLY, Engine, FallbackError, Options, Route, log
+from etap_integration.dispatch.routing import TALLY, FallbackError, Options, Route, log
 from etap_integration.dispatch.targets import TARGETS, Target, TargetError
+from etap_integration.dispatch.wrappers import WrapperTarget
 
 __all__ = [
     "TARGETS",
@@ -79,7 +80,7 @@ class _Patch:
         options = next(reversed(self.holders.values()))
         for route, _ in self.pairs:
             if route.engine is None or route.engine.options != options:
-                route.engine = Engine(route.original, route.interface, options)
+                route.engine = route.make_engine(options)
 
 
 _patches: dict[str, _Patch] = {}
@@ -268,7 +269,9 @@ def _hold(found: dict[str, ModuleType], token: object, options: Options, by_name
 def _prepare(target: Target, module: ModuleType) -> _Patch:
     """The routes of a target, nothing patched yet. Raises TargetError where the required function is not as known."""
     pairs, notes = [], []
-    for name, interface in target.functions.items():
+    if isinstance(target, WrapperTarget):
+        pairs, notes = target.prepare(module)
+    for name, interface in getattr(target, "functions", {}).items():
         current = original = getattr(module, name, None)
         if not callable(current):
             notes.append(f"{name}: not there")

@@ -166,6 +166,7 @@ class Route:
         self.label, self.original, self.interface = label, original, interface
         self.engine: Engine | None = None
         shape = Normaliser(original, interface)
+        self.make_engine = functools.partial(Engine, original, interface)
         self.wrapper = _wrap(self, shape.qv_name, shape.qv_index)
 
 

@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 DEFAULT_LIBRARY = records.ROOT / "etap_integration/_C/libetap_mla.so"
 IMPLEMENTATIONS = ("floor", "fa3", "flashinfer", "etap")
-PATCHED = ("fa3-etap",)
+PATCHED = ("fa3-etap", "flashinfer-etap")
 
 
 def _labelled(library: str) -> tuple[str | None, Path]:

@@ -84,9 +84,18 @@ class Settings:
             "fa3": lambda: FlashAttention3(self.rivals, target),
             "fa3-etap": lambda: PatchedFlashAttention3(self.rivals, target),
             "flashinfer": lambda: FlashInfer(self.rivals, target),
+            "flashinfer-etap": lambda: _wrapped(target, patched=True),
             "etap": lambda: Etap(self.library, target, split=self.split, num_ctas=self.num_ctas, p_parts=self.p_parts),
         }
+        if "flashinfer-etap" in self.impls:  # both through the wrapper, or host time would be compared with none
+            make["flashinfer"] = lambda: _wrapped(target, patched=False)
         return [make[name]() for name in self.impls]
+
+
+def _wrapped(target: Target, patched: bool) -> Provider:
+    from .wrapped import FlashInferWrapper  # needs FlashInfer installed
+
+    return FlashInferWrapper(target, patched)
 
 
 def stamp(sources: str, commit: str | None, command: str, label: str | None) -> Stamp:

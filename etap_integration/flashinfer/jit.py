@@ -1,0 +1,143 @@
+"""What the patched module generator of FlashInfer calls: the patched module's name, its sources, and which were loaded.
+
+Imported by FlashInfer's `jit/attention/modules.py` where that is patched, in place or in an overlay.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from etap_integration.patching import locations
+from etap_integration.patching.errors import UnknownNameError
+
+ROW_TILES = (8, 16, 32)
+HEAD_DIMS = (512, 64)  # latent, rope
+_MARK = "_etap_"
+_DTYPES = {"bf16": "bf16", "f16": "fp16"}  # FlashInfer's name in a module's name -> ours
+
+_lock = threading.Lock()
+_specs: dict[str, Any] = {}  # module name -> the specification it was built from
+_loaded: dict[str, Any] = {}  # module name -> what loading it gave
+_on_load: list[Callable[[Any], None]] = []
+
+
+def sources_id() -> str:
+    """Twelve hex digits that change with any of ETAP's device sources or FlashInfer patches.
+
+    Raises:
+        TreeNotFoundError: `csrc/` or `patches/` is neither beside the package nor where its variable points.
+    """
+    csrc, patches = locations.csrc_root(), locations.patches_root() / "flashinfer"
+    folders = [csrc / name for name in ("etap", "flashinfer", "instances", "ops")]
+    files = [file for folder in folders for file in folder.rglob("*")] + list(patches.glob("*.patch"))
+    stamp = tuple(sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()))
+    return _digest(stamp, csrc.parent, patches.parent)
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(stamp: tuple[tuple[str, int, int], ...], *roots: Path) -> str:
+    digest = hashlib.sha256()
+    for name, _, _ in stamp:
+        file = Path(name)
+        root = next(root for root in roots if file.is_relative_to(root))
+        digest.update(
+            f"{file.relative_to(root).as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()[:12]
+
+
+def module_name(uri: str, backend: str) -> str:
+    """The patched module's name: upstream's and `sources_id()`; upstream's alone where the backend is not patched."""
+    return f"{uri}{_MARK}{sources_id()}" if backend == "fa3" else uri
+
+
+def is_patched_name(name: str) -> bool:
+    """Whether a module of this name holds ETAP's kernels or at least its adapter."""
+    return re.search(rf"{_MARK}[0-9a-f]{{12}}\Z", name) is not None
+
+
+def module_sources(name: str) -> list[Path]:
+    """ETAP's part of a patched module's sources.
+
+    The kernels are those of the query's dtype; none where ETAP has none for the module's dtypes or head dimensions, so
+    that every call is upstream's.
+
+    Args:
+        name: the patched module's name, from which dtypes and head dimensions are read.
+
+    Raises:
+        UnknownNameError: the name does not say them.
+    """
+    found = re.search(r"dtype_q_(\w+?)_dtype_kv_(\w+?)_dtype_o_(\w+?)_dtype_idx_.*ckv_(\d+)_head_dim_kpe_(\d+)_", name)
+    if found is None:
+        raise UnknownNameError("FlashInfer module", name, ["batch_mla_attention_dtype_q_..._head_dim_kpe_..."])
+    dtypes, dims = set(found.groups()[:3]), tuple(map(int, found.groups()[3:]))
+    ours = {_DTYPES.get(dtype) for dtype in dtypes} if dims == HEAD_DIMS else set()
+    kernels = ours.pop() if len(ours) == 1 else None
+    csrc = locations.csrc_root()
+    sources = [csrc / "flashinfer" / name for name in ("adapter.cu", "launch.cu", "workspace.cu")]
+    for dtype in _DTYPES.values():
+        if dtype == kernels:
+            sources += [csrc / f"instances/mla_decode_{dtype}_rows{tile}.cu" for tile in ROW_TILES]
+        else:
+            sources.append(csrc / f"flashinfer/without_{dtype}.cu")
+    return sources
+
+
+def jit_spec(gen_jit_spec: Callable[..., Any], name: str, sources: Sequence[Any], **options: Any) -> Any:
+    """FlashInfer's `gen_jit_spec`, with ETAP's sources where `name` is a patched module's.
+
+    Args:
+        gen_jit_spec: FlashInfer's function.
+        name: the module's name, see `module_name`.
+        sources, options: its other arguments.
+    """
+    if not is_patched_name(name):
+        return gen_jit_spec(name, sources, **options)
+    options["extra_cuda_cflags"] = [*(options.get("extra_cuda_cflags") or ()), f"-DETAP_MODULE={name}"]
+    options["extra_include_paths"] = [*(options.get("extra_include_paths") or ()), locations.csrc_root()]
+    spec = gen_jit_spec(name, [*sources, *module_sources(name)], **options)
+    load = spec.load
+
+    @functools.wraps(load)
+    def load_and_note(*args: Any, **kwargs: Any) -> Any:
+        module = load(*args, **kwargs)
+        with _lock:
+            _specs[name], _loaded[name] = spec, module
+            listeners = list(_on_load)
+        for listener in listeners:
+            listener(library_path(spec))
+        return module
+
+    spec.load = load_and_note
+    return spec
+
+
+def library_path(spec: Any) -> Path:
+    """The shared library that a specification's module was loaded from."""
+    return Path(spec.get_library_path()) if hasattr(spec, "get_library_path") else Path(spec.jit_library_path)
+
+
+def loaded_libraries() -> dict[str, Path]:
+    """The patched modules loaded in this process: name -> shared library."""
+    with _lock:
+        return {name: library_path(spec) for name, spec in _specs.items()}
+
+
+def is_patched_module(module: Any) -> bool:
+    """Whether a wrapper's module is one of those loaded here."""
+    with _lock:
+        return any(module is loaded for loaded in _loaded.values())
+
+
+def on_load(listener: Callable[[Path], None]) -> None:
+    """Calls `listener` with the library of every patched module loaded from now on."""
+    with _lock:
+        if listener not in _on_load:
+            _on_load.append(listener)
