@@ -53,10 +53,13 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
   return result;
 }
 
-template <int RowTile, int PParts>
+using etap::CacheFormat;
+
+template <int RowTile, int PParts, CacheFormat Format>
 pybind11::dict config() {
-  using Cfg = etap::TileConfig<RowTile, PParts>;
+  using Cfg = etap::TileConfig<RowTile, PParts, Format>;
   pybind11::dict d;
+  d["cache"] = Cfg::kE4m3 ? "e4m3" : "16-bit";
   d["row_tile"] = RowTile;
   d["p_parts"] = PParts;
   d["wgmma_n"] = std::vector<int>{RowTile, Cfg::kPvRows};  // of S^T and of O^T
@@ -64,6 +67,12 @@ pybind11::dict config() {
   d["ring_chunks"] = Cfg::kRing;
   d["threads"] = etap::kThreads;
   return d;
+}
+
+template <CacheFormat Format>
+std::vector<pybind11::dict> configs() {
+  return {config<8, 1, Format>(),  config<8, 2, Format>(),  config<16, 1, Format>(),
+          config<16, 2, Format>(), config<32, 1, Format>(), config<32, 2, Format>()};
 }
 
 }  // namespace
@@ -75,8 +84,10 @@ PYBIND11_MODULE(_host, m) {
         "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
         "tiles of 64 keys. Raises ValueError for inconsistent arguments.");
   m.def("kernel_configs", [] {
-    return std::vector<pybind11::dict>{config<8, 1>(),  config<8, 2>(),  config<16, 1>(),
-                                       config<16, 2>(), config<32, 1>(), config<32, 2>()};
+    auto list = configs<CacheFormat::kQueryType>();
+    auto const e4m3 = configs<CacheFormat::kE4m3>();
+    list.insert(list.end(), e4m3.begin(), e4m3.end());
+    return list;
   }, "One dict per tile configuration; sizes in bytes, ring_chunks of 8 KiB.");
   m.def("build_info", [] {
     pybind11::dict d;

@@ -3,11 +3,13 @@
     reference             fp64, nothing rounded: what every kernel is measured against
     rounded_reference     one softmax over all keys, P and the output rounded once, as a query-major kernel rounds them
     etap_model            the ETAP pipeline tile by tile: what the kernel computes, rounding for rounding
+    etap_e4m3_model       the same for a float8_e4m3fn cache: Q and P in fp16
     query_major_model     the usual pipeline tile by tile: running maximum, 16-bit P, fp32 O
 
 All take the tensors of `mla_decode`, with `cache_seqlens` as any sequence of ints or tensor (read on the host), and
 return (out, lse): out shaped as q_nope, lse (batch, heads, sq) or ragged (heads, total_q), natural logarithm. A row
 that sees no key gives output 0 and LSE -inf. Slots past a request's length and page ids past its last page are unread.
+A float8_e4m3fn cache is for etap_e4m3_model; the others take it dequantised.
 
 `python -m etap_integration.numerics` prints the error of each model against fp64.
 """
@@ -149,6 +151,49 @@ def etap_model(
     return _per_request(*problem, attend, out_dtype or q_nope.dtype)
 
 
+def etap_e4m3_model(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    page_table: Tensor | None,
+    cache_seqlens: Sequence[int] | Tensor | int,
+    *,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    out_dtype: torch.dtype | None = None,
+    p_parts: int = 1,
+    num_parts: int = 1,
+    raise_by: float = RAISE_BY,
+    ckv_scale: float = 1.0,
+    kpe_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`etap_model` for a float8_e4m3fn cache, whose elements fp16 holds exactly.
+
+    Each row of Q is brought to fp16 times a power of two, so that its largest magnitude is in [2^13, 2^15), its rope
+    part times kpe_scale / ckv_scale and in two fp16 parts. P^T is rounded to fp16, in `p_parts` parts. A score's factor
+    is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale.
+    """
+    scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
+    ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
+
+    def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        q16, down = _query_in_fp16(q.float(), ratio.to(q.device))
+        factor = (torch.tensor(scale * LOG2E, device=q.device) * torch.tensor(ckv_scale, device=q.device)) * down
+        m, l, ot = _stream_tiles(  # noqa: E741
+            q16, k, limits, factor.clamp(-3e38, 3e38), num_parts, 2, raise_by, p_parts, torch.float16
+        )
+        for group in (2, num_parts):  # the two warpgroups of a share, then the shares
+            m, l, ot = _merge(m, l, ot, group)  # noqa: E741
+        o, lse = _finish(ot[0].T, l[0], m[0])
+        return o * ckv_scale, lse
+
+    ckv_cache, kpe_cache = ckv_cache.float(), kpe_cache.float()
+    problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
+    return _per_request(*problem, attend, out_dtype or q_nope.dtype)
+
+
 def query_major_model(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -213,13 +258,16 @@ def _per_request(
 
 
 def _stream_tiles(
-    q: Tensor, k: Tensor, limits: Tensor, c: float, num_parts: int, groups: int, raise_by: float, p_parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, limits: Tensor, c: float | Tensor, num_parts: int, groups: int, raise_by: float, p_parts: int,
+    p_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One request's tiles in `num_parts` shares of `groups` chains each, all chains in step.
 
-    `c` turns a product into log2 units. Returns each chain's reference maximum m (chains, rows) in log2 units, sum l
-    (chains, rows) and unnormalised O^T (chains, 512, rows), fp32.
+    `c`, per row if a tensor, turns a product into log2 units; P is rounded to `p_dtype` (default: that of q). Returns
+    each chain's reference maximum m (chains, rows) in log2 units, sum l (chains, rows) and unnormalised O^T
+    (chains, 512, rows), fp32.
     """
+    p_dtype = p_dtype or q.dtype
     order = _share_tiles(-(-k.shape[0] // TILE), num_parts, groups, k.device)
     tiles, qt = _tiles(k), q.float().T
     m = torch.full((order.shape[0], q.shape[0]), -math.inf, device=q.device)
@@ -234,11 +282,26 @@ def _stream_tiles(
         m = raised
         pt = torch.exp2(zt - _finite(m)[:, None])
         l = l * alpha + pt.sum(1)  # noqa: E741
-        rounded = pt.to(q.dtype).float()
+        rounded = pt.to(p_dtype).float()
         if p_parts == 2:
-            rounded = rounded + (pt - rounded).to(q.dtype).float()  # exact: both parts fit in one float32
+            rounded = rounded + (pt - rounded).to(p_dtype).float()  # exact: both parts fit in one float32
         ot = ot * alpha[:, None] + kt[:, :, :D_LATENT].mT @ rounded
     return m, l, ot
+
+
+def _query_in_fp16(q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of Q as the e4m3 kernel has them: (q 2^e in fp16 precision, as float32; 2^-e per row)."""
+
+    def exponent(x: Tensor) -> Tensor:  # biased, 0 for what float32 holds as subnormal
+        return x.abs().float().contiguous().view(torch.int32) >> 23
+
+    latent, rope = q[:, :D_LATENT], q[:, D_LATENT:]
+    of_rope = exponent(rope.abs().amax(1)) + exponent(ratio) - 126
+    e = torch.maximum(exponent(latent.abs().amax(1)), of_rope).clamp(15, 267)
+    up, down = (n.int().bitwise_left_shift(23).view(torch.float32) for n in (268 - e, e - 14))
+    rope = rope * up[:, None] * ratio
+    high = rope.half().float()
+    return torch.cat([(latent * up[:, None]).half().float(), high + (rope - high).half().float()], 1), down
 
 
 def _ints(values: Sequence[int] | Tensor) -> list[int]:

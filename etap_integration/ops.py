@@ -45,6 +45,8 @@ def mla_decode(
     return_lse: bool = False,
     num_ctas: int | None = None,
     precise: bool | None = None,
+    ckv_scale: Tensor | float | None = None,
+    kpe_scale: Tensor | float | None = None,
     cache_batch_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a few query tokens per request over one shared latent KV head (MLA decode, weights absorbed).
@@ -56,10 +58,11 @@ def mla_decode(
       q_nope: (batch, sq, heads, 512), or ragged (total_q, heads, 512) with `cu_seqlens_q`; bfloat16 or float16; heads
         1 to 128. Any strides; copied where rows are not contiguous and 16-byte aligned.
       q_rope: the same with 64 in place of 512, same dtype.
-      ckv_cache: (pages, page_size, 512), or (batch, seqlen, 512) where `page_table` is None; the dtype of q_nope. Last
-        dimension contiguous, other strides any, so two views of one 576-wide buffer are fine. Fastest where base and
-        strides are multiples of 16 bytes.
-      kpe_cache: the same with 64 in place of 512. Slots past a request's length may hold anything, NaN included.
+      ckv_cache: (pages, page_size, 512), or (batch, seqlen, 512) where `page_table` is None; the dtype of q_nope, or
+        float8_e4m3fn. Last dimension contiguous, other strides any, so two views of one 576-wide buffer are fine.
+        Fastest where base and strides are multiples of 16 bytes.
+      kpe_cache: the same with 64 in place of 512, in the dtype of ckv_cache. In both, slots past a request's length may
+        hold anything, NaN included.
       page_table: (batch, max_pages) int32, any row stride, last dimension contiguous; or None. Entries past a request's
         last used page are never read.
       cache_seqlens: keys of each request: int32 tensor (batch,) on the device of q_nope, which is not read on the host;
@@ -73,8 +76,12 @@ def mla_decode(
         Default: new, in the dtype of q_nope.
       return_lse: return (out, lse) too.
       num_ctas: how many SMs to use, 1 to all; default all.
-      precise: split P into a high and a low 16-bit part. Default: yes, but on H20-class GPUs, where the tensor cores
-        are the limit.
+      precise: split P into a high and a low 16-bit part. Default: yes, but not on H20-class GPUs, where the tensor
+        cores are the limit, and not for a float8_e4m3fn cache, where P is float16 whatever the dtype of q_nope.
+      ckv_scale: float8_e4m3fn cache only: what ckv_cache is multiplied by, as keys and as values, so that a cache entry
+        means ckv_scale * ckv_cache. A positive float; or a float32 tensor on the device of q_nope, read there, with 1
+        element or one per request, (batch,); None or an empty tensor: 1.
+      kpe_scale: the same for kpe_cache.
       cache_batch_idx: (batch,) int32 on the device, where `page_table` is None: the row of the caches that holds
         request i; the caches then may have any number of rows. Default: row i.
 
@@ -87,7 +94,7 @@ def mla_decode(
     """
     batch, max_q, lengths, p_parts = _check_arguments(
         q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
-        causal, out, return_lse, num_ctas, precise, cache_batch_idx,
+        causal, out, return_lse, num_ctas, precise, ckv_scale, kpe_scale, cache_batch_idx,
     )  # fmt: skip
     device = q_nope.device
     if not q_nope.is_meta:
@@ -109,7 +116,7 @@ def mla_decode(
         _OP(
             q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_q,
             DEFAULT_SCALE if softmax_scale is None else float(softmax_scale), causal, out, lse,
-            0 if num_ctas is None else num_ctas, p_parts, cache_batch_idx,
+            0 if num_ctas is None else num_ctas, p_parts, *_rare_arguments(ckv_scale, kpe_scale, cache_batch_idx),
         )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -140,7 +147,7 @@ def mla_decode_checked(
     lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=q_nope.device)
     _OP(
         q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
-        causal, out, lse, num_ctas, 0, cache_batch_idx,
+        causal, out, lse, num_ctas, 0, *_rare_arguments(None, None, cache_batch_idx),
     )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -157,12 +164,12 @@ def checks_contents() -> bool:
 
 def _check_arguments(
     q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale, causal,
-    out, return_lse, num_ctas, precise, cache_batch_idx,
+    out, return_lse, num_ctas, precise, ckv_scale=None, kpe_scale=None, cache_batch_idx=None,
 ) -> tuple[int, int, list[int] | int | None, int]:  # fmt: skip
     """Everything that can be said of a call without a GPU. Arguments as `mla_decode`'s, all of them given.
 
     Returns (batch, max_seqlen_q, lengths, p_parts): `lengths` is the host's copy of cache_seqlens, an int for all
-    requests or a list, None where they lie on the device; p_parts is 1 or 2, 0 where `precise` leaves it to the GPU.
+    requests or a list, None where they lie on the device; p_parts is 1 or 2, 0 where it is left to the GPU.
     Raises as `mla_decode` does, the message naming the argument, its value and what is allowed.
     """
     for name, value in (("q_nope", q_nope), ("q_rope", q_rope), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
@@ -171,9 +178,14 @@ def _check_arguments(
     dtype, device = q_nope.dtype, q_nope.device
     if dtype not in _DTYPES:
         raise TypeError(f"q_nope: dtype {dtype}, expected torch.bfloat16 or torch.float16")
+    if q_rope.dtype != dtype:
+        raise TypeError(f"q_rope: dtype {q_rope.dtype}, expected {dtype}, as q_nope")
+    e4m3 = ckv_cache.dtype == torch.float8_e4m3fn
+    if ckv_cache.dtype != dtype and not e4m3:
+        raise TypeError(f"ckv_cache: dtype {ckv_cache.dtype}, expected {dtype}, as q_nope, or torch.float8_e4m3fn")
+    if kpe_cache.dtype != ckv_cache.dtype:
+        raise TypeError(f"kpe_cache: dtype {kpe_cache.dtype}, expected {ckv_cache.dtype}, as ckv_cache")
     for name, value in (("q_rope", q_rope), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
-        if value.dtype != dtype:
-            raise TypeError(f"{name}: dtype {value.dtype}, expected {dtype}, as q_nope")
         if value.device != device:
             raise RuntimeError(f"{name}: on {value.device}, expected {device}, as q_nope")
 
@@ -249,11 +261,16 @@ def _check_arguments(
         _check_int(num_ctas, "num_ctas", 1, INT32_MAX)
     if out is not None:
         _check_out(out, q_shape, dtype, device)
+    for name, value in (("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
+        if value is not None:
+            _check_scale(value, name, ckv_cache.dtype, batch, device)
     if torch.is_grad_enabled() and (
         q_nope.requires_grad or q_rope.requires_grad or ckv_cache.requires_grad or kpe_cache.requires_grad
     ):
         raise RuntimeError("mla_decode has no backward: call it under torch.no_grad(), or detach its inputs")
-    return batch, max_q, lengths, 0 if precise is None else 2 if precise else 1
+    if precise is None:
+        return batch, max_q, lengths, 1 if e4m3 else 0
+    return batch, max_q, lengths, 2 if precise else 1
 
 
 def _check_int(value, name: str, low: int, high: int) -> int:
@@ -327,6 +344,35 @@ def _check_out(out, q_shape: torch.Size, dtype: torch.dtype, device: torch.devic
     if last != 1 or not rows or out.storage_offset() % unit:
         where = f"strides {out.stride()} and offset {out.storage_offset()}"
         raise ValueError(f"out: {where}, expected contiguous rows at multiples of {unit} elements (16 bytes)")
+
+
+def _check_scale(value, name: str, cache_dtype: torch.dtype, batch: int, device: torch.device) -> None:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.float32:
+            raise TypeError(f"{name}: dtype {value.dtype}, expected torch.float32")
+        if value.device != device:
+            raise RuntimeError(f"{name}: on {value.device}, expected {device}, as q_nope")
+        if value.numel() > 1 and value.shape != (batch,):
+            raise ValueError(f"{name}: shape {tuple(value.shape)}, expected 0 or 1 elements, or ({batch},), q's batch")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, a torch.Tensor or None, got {type(value).__name__}")
+    elif not 0 < value < math.inf:
+        raise ValueError(f"{name}: {value}, expected a positive finite number")
+    if cache_dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name}: for a cache of torch.float8_e4m3fn alone, expected None for one of {cache_dtype}")
+
+
+def _rare_arguments(ckv_scale, kpe_scale, cache_batch_idx) -> tuple[Tensor | float | None, ...]:
+    """The operator's last arguments; nothing where all have their defaults, which saves host time.
+
+    Scales: tensors or None, then values for where there is no tensor.
+    """
+    if ckv_scale is None and kpe_scale is None and cache_batch_idx is None:
+        return ()
+    scales = (ckv_scale, kpe_scale)
+    tensors = [s if isinstance(s, Tensor) and s.numel() > 0 else None for s in scales]
+    values = [1.0 if s is None or isinstance(s, Tensor) else float(s) for s in scales]
+    return (*tensors, *values, cache_batch_idx)
 
 
 def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q: int, cache_batch_idx) -> None:

@@ -34,6 +34,10 @@ class Problem:
     q_lens: tuple[int, ...] | None = None
     page_size: int = 64
     dtype: torch.dtype = torch.bfloat16
+    e4m3: bool = False  # the cache is float8_e4m3fn
+    scales: tuple[float, float] = (1.0, 1.0)  # ckv_scale and kpe_scale, where e4m3
+    scale_form: str = "float"  # or tensor: on the device
+    q_scale: float = 1.0  # of q as drawn
     out_dtype: torch.dtype | None = None
     causal: bool = False
     cache_layout: str = "views"
@@ -67,7 +71,12 @@ class Built:
         p = self.problem
         cu = None if p.q_lens is None else cumulative(p.q_lens)
         options = {"cu_seqlens_q": cu, "softmax_scale": p.softmax_scale, "causal": p.causal, **more}
-        return model(*self.args[:5], p.lengths, **options)
+        ckv, kpe = self.args[2:4]
+        if p.e4m3 and model is not numerics.etap_e4m3_model:
+            ckv, kpe = (c.double() * f for c, f in zip((ckv, kpe), p.scales, strict=True))
+        elif p.e4m3:
+            options |= dict(zip(("ckv_scale", "kpe_scale"), p.scales, strict=True))
+        return model(*self.args[:2], ckv, kpe, self.args[4], p.lengths, **options)
 
     def new_out(self) -> Tensor:
         """A poisoned output."""
@@ -81,6 +90,20 @@ def cumulative(q_lens: tuple[int, ...]) -> list[int]:
     for n in q_lens:
         ends.append(ends[-1] + n)
     return ends
+
+
+def draw_e4m3(seed: int) -> Problem:
+    """A problem with a float8_e4m3fn cache for a seed."""
+    r, p = random.Random(seed + 1000003), draw(seed)
+    scales = r.choice(((1.0, 1.0), (0.0625, 0.0625), (0.375, 1.875), (3.0, 0.0107421875)))
+    up = r.choice((0, 0, 0, 40, -40)) if p.dtype == torch.bfloat16 else 0  # logits stay what they are
+    return p.with_(
+        e4m3=True,
+        scales=tuple(s * 2.0**-up for s in scales),
+        scale_form=r.choice(("float", "tensor")),
+        q_scale=2.0**up,
+        precise=r.choice((None, None, True, False)),
+    )
 
 
 def draw(seed: int) -> Problem:
@@ -131,26 +154,35 @@ def build(p: Problem, device: torch.device | str) -> Built:
     elif p.logits in ("rising", "falling"):  # the maximum keeps moving, or is the first key's
         ramp = torch.cat([torch.linspace(-40, 40, n, device=device) for n in p.lengths])
         q[..., -1], kv[:, -1] = 1 / scale, ramp if p.logits == "rising" else -ramp
-    q, kv = q.to(p.dtype), kv.to(p.dtype)
-    bound = scale * (_norm(q) * _norm(kv))
+    q, kv = (q * p.q_scale).to(p.dtype), kv.to(torch.float8_e4m3fn if p.e4m3 else p.dtype)
+    bound = scale * (_norm(q) * _norm(kv) * max(p.scales))
 
     table, pages, slots = _place(p, r, device)
     ckv, kpe = _caches(p, pages, device)
     if keys:
-        ckv[slots], kpe[slots] = kv[:, :512], kv[:, 512:]
+        for cache, part in ((ckv, kv[:, :512]), (kpe, kv[:, 512:])):
+            _bits(cache)[slots] = _bits(part)
     q_nope, q_rope = _queries(p, q)
     lengths = torch.tensor(p.lengths, dtype=torch.int32, device=device)
     options: dict[str, Any] = {
         "softmax_scale": p.softmax_scale, "causal": p.causal, "precise": p.precise, "num_ctas": p.num_ctas,
     }  # fmt: skip
+    if p.e4m3 and p.scales != (1.0, 1.0):
+        scales = [torch.tensor([s], device=device) if p.scale_form == "tensor" else s for s in p.scales]
+        options |= {"ckv_scale": scales[0], "kpe_scale": scales[1]}
     if p.q_lens is not None:
         cu = torch.tensor(cumulative(p.q_lens), dtype=torch.int32, device=device)
         options |= {"cu_seqlens_q": cu, "max_seqlen_q": max(p.sq, *p.q_lens)}
     return Built(p, (q_nope, q_rope, ckv, kpe, table, lengths), options, bound)
 
 
+def _bits(x: Tensor) -> Tensor:
+    """x, or an e4m3 tensor's bytes, which more operations are defined for."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 def _norm(rows: Tensor) -> float:
-    return rows.float().norm(dim=-1).max().item() if rows.numel() else 0.0
+    return rows.double().norm(dim=-1).max().item() if rows.numel() else 0.0
 
 
 def _place(p: Problem, r: random.Random, device) -> tuple[Tensor | None, int, tuple[Tensor, Tensor]]:
@@ -178,11 +210,17 @@ def _place(p: Problem, r: random.Random, device) -> tuple[Tensor | None, int, tu
 def _caches(p: Problem, pages: int, device) -> tuple[Tensor, Tensor]:
     """Both caches, all poison."""
     rows = p.page_size or max(p.lengths, default=0) + 2
-    poisoned = lambda n: torch.full((n,), p.poison, dtype=p.dtype, device=device)  # noqa: E731
+
+    def poisoned(n: int) -> Tensor:
+        if p.e4m3:  # NaN with either sign
+            byte = {True: (0x7F, 0xFF)[p.seed % 2], False: 0}[math.isnan(p.poison)]
+            return torch.full((n,), byte, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        return torch.full((n,), p.poison, dtype=p.dtype, device=device)
+
     if p.cache_layout == "views":
         buffer = poisoned(pages * rows * 576).view(pages, rows, 576)
         return buffer[..., :512], buffer[..., 512:]
-    extra = {"separate": 0, "padded": 8, "odd": 1}[p.cache_layout]  # 1: no row but the first is 16-byte aligned
+    extra = {"separate": 0, "padded": 16 if p.e4m3 else 8, "odd": 1}[p.cache_layout]  # 1: rows are not 16-byte aligned
 
     def cache(width: int, after_page: int) -> Tensor:
         row = width + extra
@@ -224,8 +262,10 @@ def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: 
     if out.numel():
         bad = ~out.isfinite()
         assert not bad.any(), f"{int(bad.sum())} of {out.numel()} outputs not finite, first {_first(bad)}: {p}"
-        part = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[p.dtype]
-        own = (part if p_parts == 1 else 4 * part * part) + 2.0**-22 * (1 + built.logit_bound)
+        part = 2.0**-9 if p.dtype == torch.bfloat16 and not p.e4m3 else 2.0**-12
+        # wgmma truncates where it adds: at most 2^-23 of a score in each of 36 steps, some quarter of that seen (by one
+        # row in 4,032, at logits of 100); it goes through exp.
+        own = (part if p_parts == 1 else 4 * part * part) + 2.0**-20 * (1 + built.logit_bound)
         ours, theirs = (out.double() - exact).abs(), (rounded.double() - exact).abs()
         size = exact.abs()
         rms = [x.pow(2).mean().sqrt().item() for x in (ours, theirs, size)]

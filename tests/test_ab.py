@@ -149,7 +149,7 @@ def test_what_shadow_mode_records_can_be_replayed(tmp_path: Path) -> None:
     with etap_integration.shadow(SGL, fraction=1.0, record=path, **options) as session:
         for _ in range(3):
             sgl.flash_attn_with_kvcache(**sglang_call())
-        sgl.flash_attn_with_kvcache(**sglang_call(q_lens=(2, 1)))
+        sgl.flash_attn_with_kvcache(**sglang_call(heads=8, q_lens=(2, 1)))
         session.summary()
     cases = ab.read_workload(path)
     assert [case.count for case in cases] == [3, 1]

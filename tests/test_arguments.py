@@ -12,7 +12,8 @@ from etap_integration import mla_decode, ops
 BF16, I32 = torch.bfloat16, torch.int32
 DEFAULTS = {
     "page_table": None, "cu_seqlens_q": None, "max_seqlen_q": None, "softmax_scale": None, "causal": False, "out": None,
-    "return_lse": False, "num_ctas": None, "precise": None, "cache_batch_idx": None,
+    "return_lse": False, "num_ctas": None, "precise": None, "ckv_scale": None, "kpe_scale": None,
+    "cache_batch_idx": None,
 }  # fmt: skip
 
 
@@ -27,6 +28,11 @@ def paged(**changes: Any) -> dict[str, Any]:
         "ckv_cache": empty(40, 64, 512), "kpe_cache": empty(40, 64, 64),
         "page_table": empty(3, 10, dtype=I32), "cache_seqlens": empty(3, dtype=I32),
     } | changes  # fmt: skip
+
+
+def e4m3(**changes: Any) -> dict[str, Any]:
+    caches = {name: empty(40, 64, n, dtype=torch.float8_e4m3fn) for name, n in (("ckv_cache", 512), ("kpe_cache", 64))}
+    return paged() | caches | changes
 
 
 def ragged(**changes: Any) -> dict[str, Any]:
@@ -53,6 +59,11 @@ GOOD = [
     ragged(q_nope=empty(0, 16, 512), q_rope=empty(0, 16, 64)),
     unpaged(),
     unpaged(cache_seqlens=[0, 100, 99]),
+    e4m3(),
+    e4m3(ckv_scale=0.5, kpe_scale=2),
+    e4m3(ckv_scale=empty(1, 1, dtype=torch.float32), kpe_scale=empty(1, dtype=torch.float32), precise=False),
+    e4m3(ckv_scale=empty(0, dtype=torch.float32), kpe_scale=empty(3, dtype=torch.float32)),
+    e4m3(q_nope=empty(3, 2, 16, 512, dtype=torch.float16), q_rope=empty(3, 2, 16, 64, dtype=torch.float16)),
     unpaged(cache_batch_idx=empty(3, dtype=I32)),
     unpaged(
         cache_batch_idx=empty(3, dtype=I32),
@@ -84,6 +95,11 @@ BAD = [
     (paged(q_rope=empty(3, 2, 16, 64, dtype=torch.float16)), TypeError, "q_rope: dtype torch.float16, expected"),
     (paged(ckv_cache=empty(40, 64, 512, dtype=torch.float16)), TypeError, "ckv_cache: dtype torch.float16"),
     (paged(kpe_cache=empty(40, 64, 64, dtype=torch.float8_e4m3fn)), TypeError, "kpe_cache: dtype torch.float8_e4m3fn"),
+    (e4m3(kpe_cache=empty(40, 64, 64)), TypeError, "kpe_cache: dtype torch.bfloat16, expected torch.float8_e4m3fn"),
+    (e4m3(ckv_cache=empty(40, 64, 512, dtype=torch.float8_e5m2)), TypeError, "ckv_cache: dtype torch.float8_e5m2, exp"),
+    (e4m3(ckv_scale="1"), TypeError, "ckv_scale: expected a float, a torch.Tensor or None, got str"),
+    (e4m3(kpe_scale=True), TypeError, "kpe_scale: expected a float, a torch.Tensor or None, got bool"),
+    (e4m3(ckv_scale=empty(1)), TypeError, "ckv_scale: dtype torch.bfloat16, expected torch.float32"),
     (paged(page_table=empty(3, 10, dtype=torch.int64)), TypeError, "page_table: dtype torch.int64, expected"),
     (paged(cache_seqlens=empty(3, dtype=torch.int64)), TypeError, "cache_seqlens: dtype torch.int64, expected"),
     (paged(cache_seqlens=torch.ones(3)), TypeError, "cache_seqlens: dtype torch.float32, expected torch.int32"),
@@ -133,6 +149,12 @@ BAD = [
     (paged(softmax_scale=0.0), ValueError, "softmax_scale: 0.0, expected a positive finite number"),
     (paged(softmax_scale=float("nan")), ValueError, "softmax_scale: nan"),
     (paged(softmax_scale=float("inf")), ValueError, "softmax_scale: inf"),
+    (e4m3(ckv_scale=0.0), ValueError, "ckv_scale: 0.0, expected a positive finite number"),
+    (e4m3(kpe_scale=-1.0), ValueError, "kpe_scale: -1.0, expected a positive finite number"),
+    (e4m3(kpe_scale=float("inf")), ValueError, "kpe_scale: inf, expected"),
+    (e4m3(ckv_scale=empty(2, dtype=torch.float32)), ValueError, r"ckv_scale: shape \(2,\), expected 0 or 1 elements"),
+    (paged(ckv_scale=1.0), ValueError, "ckv_scale: for a cache of torch.float8_e4m3fn alone"),
+    (paged(kpe_scale=empty(1, dtype=torch.float32)), ValueError, "kpe_scale: for a cache of torch.float8_e4m3fn alone"),
     (paged(num_ctas=0), ValueError, "num_ctas: 0, expected 1 to"),
     (paged(cache_batch_idx=empty(3, dtype=I32)), ValueError, "cache_batch_idx: given with a page_table"),
     (unpaged(cache_batch_idx=empty(4, dtype=I32)), ValueError, r"cache_batch_idx: shape \(4,\), expected \(3,\)"),
@@ -144,6 +166,7 @@ BAD = [
     (paged(ckv_cache=empty(40, 64, 512, device="cpu")), RuntimeError, "ckv_cache: on cpu, expected meta"),
     (paged(page_table=empty(3, 10, dtype=I32, device="cpu")), RuntimeError, "page_table: on cpu, expected meta"),
     (ragged(cu_seqlens_q=empty(4, dtype=I32, device="cpu")), RuntimeError, "cu_seqlens_q: on cpu, expected meta"),
+    (e4m3(ckv_scale=torch.ones(1)), RuntimeError, "ckv_scale: on cpu, expected meta"),
     (paged(out=empty(3, 2, 16, 512, device="cpu")), RuntimeError, "out: on cpu, expected meta"),
     (paged(q_nope=empty(3, 2, 16, 512).requires_grad_()), RuntimeError, "no backward"),
 ]  # fmt: skip
@@ -156,7 +179,8 @@ def test_good_calls_pass(call: dict[str, Any]) -> None:
     assert batch == (3 if ragged_ else q.shape[0]) and max_q == (3 if ragged_ else q.shape[1])
     on_device = isinstance(call["cache_seqlens"], torch.Tensor) and call["cache_seqlens"].device.type == "meta"
     assert (lengths is None) == on_device
-    assert parts == (0 if call["precise"] is None else 1)
+    default = 1 if call["ckv_cache"].dtype == torch.float8_e4m3fn else 0
+    assert parts == (default if call["precise"] is None else 1)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[f"{i}-{b[2][:30]}" for i, b in enumerate(BAD)])

@@ -1,5 +1,7 @@
 """The named grids and the targets they serve."""
 
+from dataclasses import replace
+
 import pytest
 
 from tools.bench import grid
@@ -91,3 +93,10 @@ def test_quantities_and_their_bounds():
     at_least = Bar(Problem(1, 512), Quantity.OVER_FA3, 6.0, 6.5)
     assert at_least.reached(6.0, at_least.limit)
     assert not at_least.reached(5.9, at_least.limit)
+
+
+def test_e4m3_grid_has_a_bf16_cell_for_each():
+    cells = grid.named("e4m3").cells
+    e4m3 = [cell.problem for cell in cells if cell.problem.kv_dtype == "e4m3"]
+    assert [replace(p, kv_dtype="bf16") for p in e4m3] == [c.problem for c in cells if c.problem.kv_dtype == "bf16"]
+    assert {p.kv_len for p in e4m3 if p.page_size == 64} == {n for n in POWERS if n >= 2 * K}

@@ -144,8 +144,8 @@ def test_our_kernel_is_called_as_its_schema_says(monkeypatch):
     """The operator's arguments, in order, against the schema that the package declares."""
     from etap_integration._library import SCHEMA
 
-    arguments = torch._C.parse_schema(f"etap::{SCHEMA}").arguments
-    names = [argument.name for argument in arguments if not argument.has_default_value()]
+    parameters = torch._C.parse_schema(f"etap::{SCHEMA}").arguments
+    names = [p.name for p in parameters if not p.has_default_value()]
     calls = []
 
     class Decode:

@@ -271,7 +271,9 @@ def test_measured_rules() -> None:
     more = call(heads=33)
     assert supports(more)[0] and choose(more) == (False, "more than 32 query rows: upstream is faster")
     assert decide(more) == "more than 32 query rows: upstream is faster"
-    assert decide(call(heads=32)) is decide(more, Limits(only_where_faster=False)) is None
+    assert decide(call(batch=5, heads=32)) is decide(more, Limits(only_where_faster=False)) is None
+    few = "more than 16 query rows, at most 4 requests: upstream is faster"
+    assert decide(call(batch=4, heads=17)) == few and decide(call(batch=4, heads=16)) is None
 
 
 def test_length_bounds_come_from_the_host() -> None:
@@ -325,5 +327,5 @@ def test_the_operator_takes_whatever_is_supported(one: Call) -> None:
         ops._check_arguments(
             one.q_nope, one.q_rope, one.v_cache.squeeze(2), one.k_cache.squeeze(2), one.page_table, one.cache_seqlens,
             one.cu_seqlens_q, one.max_seqlen_q if one.cu_seqlens_q is not None else None, one.softmax_scale,
-            bool(one.causal), one.out, bool(one.return_lse), None, None, one.cache_batch_idx,
+            bool(one.causal), one.out, bool(one.return_lse), None, None, cache_batch_idx=one.cache_batch_idx,
         )  # fmt: skip

@@ -118,10 +118,9 @@ static void show(char const* name, etap::RowStrides const& s) {
 }
 
 namespace etap {
-size_t workspace_bytes(LaunchConfig const& c) { return 4096 + c.num_ctas * c.row_tile; }
-void set_workspace(MlaDecodeParams& p, LaunchConfig const&, void* base) { p.merge_count = static_cast<int*>(base); }
-cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, void** workspace) {
-  show("device", device), show("workspace_stream", stream), show("workspace_bytes", bytes);
+cudaError_t acquire_workspace(int device, cudaStream_t stream, LaunchConfig const& c, void** workspace) {
+  show("device", device), show("workspace_stream", stream);
+  show("workspace_bytes", workspace_bytes(c.num_ctas, c.row_tile));
   *workspace = reinterpret_cast<void*>(uintptr_t(0x9000));
   return cudaSuccess;
 }
@@ -180,7 +179,7 @@ SEEN = """
     batch num_heads q_len cu_seqlens_q cache_seqlens causal scale_log2 q_nope q_rope q_nope_stride
     q_rope_stride ckv kpe ckv_page_stride ckv_row_stride kpe_page_stride kpe_row_stride num_pages page_size
     capacity page_table cache_batch_idx page_table_stride max_pages out out_stride out_fp32 lse lse_stride lse_unit
-    merge_count
+    workspace
 """.split()
 GIVEN = """
     q_ptr k_ptr v_ptr o_ptr softmax_lse_ptr q_batch_stride k_batch_stride v_batch_stride o_batch_stride q_row_stride
@@ -302,6 +301,7 @@ def adapter(library: Path, monkeypatch) -> Adapter:
     made = Adapter(library)
     made.c.etap_fa3_set_mode(AUTO)
     made.c.etap_fa3_set_max_rows(64)
+    made.c.etap_fa3_set_only_where_faster(0)
     made.c.etap_fa3_set_p_parts(0)
     made.c.etap_fa3_reset_counts()
     return made
@@ -317,7 +317,7 @@ def test_paged_call(adapter: Adapter) -> None:
     assert seen.pop("lse_unit") == pytest.approx(math.log(2))
     assert seen.pop("workspace_bytes") >= 4096
     assert seen == {
-        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "merge_count": 0x9000,
+        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "workspace": 0x9000,
         "fp16": 0, "row_tile": 32, "p_parts": 0, "num_ctas": 100,
         "batch": 3, "num_heads": 16, "q_len": 2, "cu_seqlens_q": 0, "cache_seqlens": 0x7000,
         "causal": 1,
@@ -489,6 +489,21 @@ def test_row_limit(adapter: Adapter) -> None:
     assert adapter.c.etap_fa3_set_max_rows(-1) == -1
 
 
+def test_what_upstream_is_faster_at(adapter: Adapter) -> None:
+    """Only by the switch "auto", and only if it is asked to look."""
+    rule = "upstream is faster: more than 32 rows, or more than 16 and at most 4 requests"
+    many = {"h": 16, "seqlen_q": 3}
+    assert adapter.c.etap_fa3_set_only_where_faster(1) == 0
+    for changes, taken in (({}, False), ({"b": 5}, True), ({"seqlen_q": 1}, True), ({"b": 5, **many}, False)):
+        assert adapter.run(Call(**changes)).get("taken") == taken, changes
+        assert adapter.last_reason() == ("taken" if taken else rule)
+    adapter.c.etap_fa3_set_mode(ALWAYS)
+    assert adapter.run(Call())["taken"]
+    adapter.c.etap_fa3_set_mode(AUTO)
+    assert adapter.c.etap_fa3_set_only_where_faster(0) == 1
+    assert adapter.run(Call())["taken"]
+
+
 def test_cuda_error_is_raised(adapter: Adapter) -> None:
     """Falling back would hide it, and upstream would fail alike."""
     assert adapter.run(Call(fail=True)) == {"error": "ETAP: launch: made-up error"}
@@ -509,7 +524,7 @@ def test_environment(library: Path, value: str | None, mode: int) -> None:
     script = (
         "import os, test_fa3_adapter as t, pathlib, sys\n"
         "a = t.Adapter(pathlib.Path(sys.argv[1]))\n"
-        "first = a.run(t.Call())\n"
+        "first = a.run(t.Call(seqlen_q=1))\n"
         "os.environ['ETAP_FA3'] = 'never'\n"
         "print(t.json.dumps([a.c.etap_fa3_mode(), first.get('taken'), first.get('error')]))\n"
     )

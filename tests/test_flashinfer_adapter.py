@@ -58,18 +58,18 @@ static void show(char const* name, etap::RowStrides const& s) {
 static void show(char const* name, cutlass::FastDivmod const& d) { show(name, d.divisor); }
 
 namespace etap {
-size_t workspace_bytes(LaunchConfig const& c) { return 4096 + c.num_ctas * c.row_tile; }
-void set_workspace(MlaDecodeParams& p, LaunchConfig const&, void* base) { p.merge_count = static_cast<int*>(base); }
-cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, void** workspace) {
+cudaError_t acquire_workspace(int device, cudaStream_t stream, LaunchConfig const& config, void** workspace) {
   show("device", device), show("workspace_stream", stream);
+  show("workspace_for", config.num_ctas * 1000 + config.row_tile);
   *workspace = reinterpret_cast<void*>(uintptr_t(0x9000));
-  return bytes < 4096 ? cudaErrorInvalidValue : cudaSuccess;
+  return cudaSuccess;
 }
 cudaError_t launch_mla_decode(MlaDecodeParams p, LaunchConfig const& config, cudaStream_t stream) {
   g_seen.precision(9);
   show("stream", stream);
   show("fp16", int(config.dtype == Dtype::kFp16)), show("row_tile", config.row_tile);
   show("p_parts", config.p_parts), show("num_ctas", config.num_ctas);
+  show("e4m3", int(config.cache == CacheFormat::kE4m3));
 #define SEEN(name) show(#name, p.name);
   @SEEN@
   return g_fail ? cudaErrorInvalidValue : cudaSuccess;
@@ -119,7 +119,8 @@ extern "C" char const* shim_run(char const* text) {
         requests, reinterpret_cast<void*>(uintptr_t(0x100000)), tensors["q_nope"], tensors["q_pe"], tensors["ckv"],
         tensors["kpe"], tensors["kv_indices"], tensors["o"], lse, int64_t(numbers["mask_mode"]),
         int64_t(numbers["num_heads"]), int64_t(numbers["page_size"]), numbers["sm_scale"], numbers["base_e"] != 0,
-        int64_t(numbers["num_sm"]), cudaStream_t(0x5001L));
+        numbers["ckv_scale"], numbers["kpe_scale"], numbers["scale_arr"] != 0, int64_t(numbers["num_sm"]),
+        cudaStream_t(0x5001L));
     result = std::string("{\"taken\": ") + (taken ? "true" : "false") + g_seen.str() + "}";
   } catch (std::exception const& error) {
     result = std::string("{\"error\": \"") + error.what() + "\"}";
@@ -165,9 +166,10 @@ SEEN = """
     batch num_heads heads_divmod q_len cu_seqlens_q cache_seqlens causal scale_log2 q_nope q_rope q_nope_stride
     q_rope_stride ckv kpe ckv_page_stride ckv_row_stride kpe_page_stride kpe_row_stride num_pages page_size page_divmod
     capacity page_table page_indptr cache_batch_idx max_pages out out_stride out_fp32 lse lse_stride lse_unit
-    merge_count
+    workspace ckv_scale kpe_scale ckv_scale_data kpe_scale_data
 """.split()  # noqa: SIM905
-BF16, FP16, FP32, INT, LONG, E4M3 = (4, 16), (2, 16), (2, 32), (0, 32), (0, 64), (10, 8)
+BF16, FP16, FP32, INT, LONG = (4, 16), (2, 16), (2, 32), (0, 32), (0, 64)
+E4M3, E5M2 = (10, 8), (12, 8)
 
 
 def tensor(address: int, shape: tuple[int, ...], dtype: tuple[int, int] = BF16, strides=None) -> dict[str, Any]:
@@ -184,6 +186,7 @@ def call(**changed: Any) -> str:
         ckv=tensor(0x20000, (50, 4, 512), strides=(2304, 576, 1)), lse=tensor(0x4000, (5, 16), FP32),
         kpe=tensor(0x20400, (50, 4, 64), strides=(2304, 576, 1)), kv_indices=tensor(0x6000, (40,), INT),
         mask_mode=1, num_heads=16, page_size=4, sm_scale=0.25, base_e=0, num_sm=132, offset=0x40, batch=3, longest=2,
+        ckv_scale=1, kpe_scale=1, scale_arr=0,
     )  # fmt: skip
     given |= changed
     lines = ["fail"] if given.pop("fail", False) else []
@@ -293,7 +296,8 @@ def test_call(adapter: Adapter) -> None:
     seen = adapter.run()
     assert seen.pop("scale_log2") == pytest.approx(0.25 / math.log(2))
     assert seen == {
-        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "merge_count": 0x9000,
+        "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001,
+        "workspace": 0x9000, "workspace_for": 132032,
         "fp16": 0, "row_tile": 32, "p_parts": 2, "num_ctas": 132,
         "batch": 3, "num_heads": 16, "heads_divmod": 16, "q_len": 2, "causal": 1,
         "cu_seqlens_q": 0x100040, "page_indptr": 0x100050, "cache_seqlens": 0x10005C,
@@ -303,6 +307,7 @@ def test_call(adapter: Adapter) -> None:
         "num_pages": 50, "page_size": 4, "page_divmod": 4, "capacity": 160, "max_pages": 40,
         "page_table": 0x6000, "cache_batch_idx": 0,
         "out": 0x3000, "out_stride": [0, 8192, 512], "out_fp32": 0,
+        "e4m3": 0, "ckv_scale": 1, "kpe_scale": 1, "ckv_scale_data": 0, "kpe_scale_data": 0,
         "lse": 0x4000, "lse_stride": [0, 16, 1], "lse_unit": 1,
     }  # fmt: skip
 
@@ -338,12 +343,28 @@ def test_fp16_and_settings(adapter: Adapter) -> None:
     assert (seen["fp16"], seen["p_parts"], seen["num_ctas"]) == (1, 1, 256)
 
 
+@pytest.mark.parametrize("query", [BF16, FP16])
+def test_e4m3_cache(adapter: Adapter, query: tuple[int, int]) -> None:
+    """16-bit queries, strides in elements, the scales as given."""
+    given = {
+        name: tensor(0x1000, shape, query)
+        for name, shape in {"q_nope": (5, 16, 512), "q_pe": (5, 16, 64), "o": (5, 16, 512)}.items()
+    }
+    given |= dict(ckv=tensor(0x20000, (50, 4, 512), E4M3), kpe=tensor(0x90000, (50, 4, 64), E4M3))
+    seen = adapter.run(**given, ckv_scale=0.5, kpe_scale=2)
+    assert (seen["e4m3"], seen["fp16"]) == (1, int(query == FP16))
+    assert (seen["ckv_scale"], seen["kpe_scale"], seen["ckv_scale_data"], seen["kpe_scale_data"]) == (0.5, 2, 0, 0)
+    assert (seen["ckv_row_stride"], seen["kpe_page_stride"]) == (512, 256)
+
+
 # What is left to upstream ---------------------------------------------------------------------------------------------
 
 REFUSED = {
     "nothing to compute": dict(q_nope=tensor(0x1000, (0, 16, 512))),
-    "dtype": dict(ckv=tensor(0x20000, (50, 4, 512), E4M3), kpe=tensor(0x20400, (50, 4, 64), E4M3)),
-    "dtype: not one": dict(o=tensor(0x3000, (5, 16, 512), FP16)),
+    "dtype": dict(ckv=tensor(0x20000, (50, 4, 512), E4M3)),
+    "dtype: query": dict(o=tensor(0x3000, (5, 16, 512), FP16)),
+    "dtype: query and": dict(ckv=tensor(0x20000, (50, 4, 512), E5M2), kpe=tensor(0x20400, (50, 4, 64), E5M2)),
+    "ckv_scale_arr": dict(ckv=tensor(0x20000, (50, 4, 512), E4M3), kpe=tensor(0x20400, (50, 4, 64), E4M3), scale_arr=1),
     "head dimensions": dict(q_pe=tensor(0x2000, (5, 16, 0)), kpe=tensor(0x2000, (50, 4, 0))),
     "head dimensions: not": dict(q_nope=tensor(0x1000, (5, 16, 256)), ckv=tensor(0x2000, (50, 4, 256))),
     "mask mode": dict(mask_mode=2),

@@ -107,8 +107,8 @@ def test_generated_module(tmp_path, environment) -> None:
     assert not {*patched["sources"]} & {*before["sources"]}
     ours = {Path(path).name for path in patched["sources"]} - {Path(path).name for path in upstream}
     assert {"adapter.cu", "mla_decode_bf16_rows16.cu", "without_fp16.cu"} <= ours
-    kernels = [path for path in found["fp8"]["sources"] if "instances" in path]
-    assert "_etap_" in found["fp8"]["name"] and not kernels
+    kernels = [Path(path).name for path in found["fp8"]["sources"] if "instances" in path]
+    assert "_etap_" in found["fp8"]["name"] and len(kernels) == 3 and all("bf16_e4m3" in name for name in kernels)
 
 
 @pytest.mark.parametrize("release_id", [MANIFEST.releases[0].id, MANIFEST.releases[-1].id])

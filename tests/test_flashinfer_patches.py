@@ -132,7 +132,9 @@ def test_name_changes_with_the_sources(monkeypatch, tmp_path, changed: str) -> N
     [
         (uri(), "bf16"),
         (uri("f16", "f16", "f16"), "fp16"),
-        (uri("bf16", "e4m3", "bf16"), None),
+        (uri("bf16", "e4m3", "bf16"), "bf16_e4m3"),
+        (uri("f16", "e4m3", "f16"), "fp16_e4m3"),
+        (uri("bf16", "e5m2", "bf16"), None),
         (uri("bf16", "bf16", "f16"), None),
         (uri(ckv=256), None),
         (uri(kpe=0), None),
@@ -143,13 +145,28 @@ def test_sources_of_a_module(dtypes: str, kernels: str | None) -> None:
     sources = jit.module_sources(jit.module_name(dtypes, "fa3"))
     names = {f"{file.parent.name}/{file.name}" for file in sources}
     expected = {"flashinfer/adapter.cu", "flashinfer/launch.cu", "flashinfer/workspace.cu"}
-    for dtype in ("bf16", "fp16"):
-        if dtype == kernels:
-            expected |= {f"instances/mla_decode_{dtype}_rows{tile}.cu" for tile in (8, 16, 32)}
+    for family in ("bf16", "fp16", "bf16_e4m3", "fp16_e4m3"):
+        if family == kernels:
+            expected |= {f"instances/mla_decode_{family}_rows{tile}.cu" for tile in (8, 16, 32)}
         else:
-            expected.add(f"flashinfer/without_{dtype}.cu")
+            expected.add(f"flashinfer/without_{family}.cu")
     assert names == expected and all(file.is_file() for file in sources)
     assert len({file.name for file in sources}) == len(sources)
+
+
+def test_every_launcher_is_in_the_module_once() -> None:
+    """What launch.cpp names is defined, by a kernel or by its stand-in: an undefined one would fail at load time."""
+    named = set(re.findall(r"ETAP_DECLARE\((\w+), (\d+)\)", (locations.csrc_root() / "ops/launch.cpp").read_text()))
+    assert len(named) >= 6
+    for name in (uri(), uri("f16", "f16", "f16"), uri("bf16", "e4m3", "bf16"), uri(ckv=256)):
+        defined = []
+        for file in jit.module_sources(jit.module_name(name, "fa3")):
+            text = file.read_text()
+            absent = re.findall(r"ETAP_ABSENT\((\w+)\)", text)
+            defined += [(family, tile) for family in absent for tile in ("8", "16", "32")]
+            for e4m3, family, tile in re.findall(r"ETAP_INSTANCE(_E4M3)?\((\w+), \w+, (\d+)\)", text):
+                defined.append((family + e4m3.lower(), tile))
+        assert len(defined) == len(set(defined)) and set(defined) == named, name
 
 
 def test_sources_of_an_unreadable_name() -> None:
@@ -179,7 +196,7 @@ def test_specification(monkeypatch) -> None:
     assert (plain.sources, plain.options) == (["a.cu"], {"extra_cuda_cflags": ["-x"]})
     name = jit.module_name(uri(), "fa3")
     spec = jit.jit_spec(Spec, name, ["a.cu"], extra_cuda_cflags=["-x"], post_load_adapter=None)
-    assert spec.sources[0] == "a.cu" and len(spec.sources) == 8
+    assert spec.sources[0] == "a.cu" and len(spec.sources) == 10
     assert spec.options["extra_cuda_cflags"] == ["-x", f"-DETAP_MODULE={name}"]
     assert spec.options["extra_include_paths"] == [locations.csrc_root()]
     heard: list[Path] = []

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from problems import PAGE_SIZES, Problem, build, draw, judge
+from problems import PAGE_SIZES, Problem, build, draw, draw_e4m3, judge
 
 from etap_integration import numerics
 
@@ -125,3 +125,53 @@ def test_judge_catches_nan() -> None:
     out[1, 0, 3, 7] = math.nan
     with pytest.raises(AssertionError, match=r"not finite, first \(1, 0, 3, 7\)"):
         judge(built, out, lse, 2)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_e4m3_problems(seed: int) -> None:
+    problem = draw_e4m3(seed)
+    lengths = tuple(min(n, 700) for n in problem.lengths)
+    problem = problem.with_(lengths=lengths, heads=min(problem.heads, 17))
+    built = build(problem, "cpu")
+    parts = 2 if problem.precise else 1
+    options = {"p_parts": parts, "num_parts": 1 + seed % 4, "out_dtype": problem.out_dtype}
+    judge(built, *built.reference(numerics.etap_e4m3_model, **options), parts)
+
+
+@pytest.mark.parametrize("power", [-140, -126, -60, 0, 60, 125])
+def test_no_finite_query_overflows_fp16(power: int) -> None:
+    """Q in fp16: below 2^15 for any row, and nothing but the last of 22 bits is lost."""
+    generator = torch.Generator().manual_seed(power)
+    q = (torch.randn(40, 576, generator=generator, dtype=torch.float64) * 2.0**power).to(torch.bfloat16)
+    q[0] = torch.finfo(torch.bfloat16).max
+    q[1] = 0
+    q[2, 1:] *= 2.0**-20  # one large element
+    for ratio in (1.0, 0.3, 3.0):
+        exact = q.double()
+        exact[:, 512:] *= torch.tensor(ratio, dtype=torch.float32).double()
+        q16, down = numerics._query_in_fp16(q.float(), torch.tensor(ratio))
+        assert q16.abs().max() < 2**15
+        assert down.isfinite().all() and (down >= torch.finfo(torch.float32).tiny).all()
+        error = (q16.double() * down.double()[:, None] - exact).abs().amax(1)
+        largest = exact.abs().amax(1)
+        normal = largest > 2.0**-111  # below, the power of two is at its limit
+        assert (error <= largest * 2.0**-22)[normal].all()
+        assert (q16.abs().amax(1) >= 2**13)[normal].all()
+
+
+def test_e4m3_with_the_largest_queries() -> None:
+    problem = Problem(lengths=(500, 70), e4m3=True, q_scale=2.0**125, softmax_scale=numerics.DEFAULT_SCALE * 2.0**-121)
+    built = build(problem, "cpu")
+    assert built.args[0].abs().max() > 1e38
+    exact = built.reference()[0]
+    judge(built, *built.reference(numerics.etap_e4m3_model), 1, rounded=exact.to(torch.bfloat16))
+
+
+def test_e4m3_is_as_exact_as_the_same_values_in_bf16() -> None:
+    built = build(Problem(lengths=(3000, 900), e4m3=True), "cpu")
+    wide = [x.float().to(torch.bfloat16) for x in built.args[2:4]]
+    exact = built.reference()[0]
+    problem = (*built.args[:2], *wide, built.args[4], built.problem.lengths)
+    of_bf16 = numerics.error(numerics.etap_model(*problem)[0], exact)[0]
+    of_e4m3 = numerics.error(built.reference(numerics.etap_e4m3_model)[0], exact)[0]
+    assert of_e4m3 < 1.02 * of_bf16, (of_e4m3, of_bf16)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Built, Problem, build, draw, judge
+from problems import Built, Problem, build, draw, draw_e4m3, judge
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import etap_integration
@@ -30,9 +30,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     calls: list[tuple] = []
 
     def kernel(*args) -> None:
-        args = (*args, None) if len(args) == 14 else args  # torch drops a trailing default
+        args += (None, None, 1.0, 1.0, None)[len(args) - 14 :]  # the dispatcher drops trailing defaults
         calls.append(args)
-        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, index = args
+        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, *scales, index = args
         options = {
             "cu_seqlens_q": cu,
             "softmax_scale": scale,
@@ -42,7 +42,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
         }
         if index is not None:
             ckv, kpe = ckv[index.long()], kpe[index.long()]
-        result, result_lse = numerics.etap_model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
+        model = numerics.etap_model
+        if ckv.dtype == torch.float8_e4m3fn:
+            model = numerics.etap_e4m3_model
+            values = [float(v) if t is None else t.item() for t, v in zip(scales[:2], scales[2:], strict=True)]
+            options |= {"ckv_scale": values[0], "kpe_scale": values[1]}
+        result, result_lse = model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
         assert max_q >= max(numerics.query_lengths(q_nope, cu))
         out.copy_(result)
         if lse is not None:
@@ -68,16 +73,39 @@ def test_drawn_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]
     judge(built, out, lse, 1 if problem.precise is False else 2)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_e4m3_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]) -> None:
+    problem = draw_e4m3(seed)
+    lengths = tuple(min(n, 300) for n in problem.lengths)
+    built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
+    out, lse = run(built)
+    judge(built, out, lse, 2 if problem.precise else 1)
+
+
+def test_scales_reach_the_kernel(stand_in: list[tuple]) -> None:
+    built = build(Problem(lengths=(70, 3), e4m3=True), "cpu")
+    mla_decode(*built.args)
+    assert stand_in[-1][13:] == (1, None, None, 1.0, 1.0, None)
+    each = torch.tensor([0.5, 0.25])
+    mla_decode(*built.args, kpe_scale=2)
+    assert stand_in[-1][14:] == (None, None, 1.0, 2.0, None)
+    mla_decode(*built.args, ckv_scale=torch.tensor(0.5), kpe_scale=torch.empty(0))
+    assert stand_in[-1][14].item() == 0.5
+    assert ops._scale_arguments(each, None) == (each, None, 1.0, 1.0)
+    assert ops._scale_arguments(0.5, torch.empty(0)) == (None, None, 0.5, 1.0)
+
+
 def test_defaults(stand_in: list[tuple]) -> None:
     built = build(Problem(lengths=(70, 3)), "cpu")
     out = mla_decode(*built.args)
     assert isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16
-    *_, table, lengths, cu, max_q, scale, causal, passed, lse, num_ctas, parts, index = stand_in[0]
-    assert (cu, max_q, causal, lse, num_ctas, parts, index) == (None, 1, False, None, 0, 0, None)
+    *_, table, lengths, cu, max_q, scale, causal, passed, lse, num_ctas, parts = stand_in[0][:14]
+    assert (cu, max_q, causal, lse, num_ctas, parts) == (None, 1, False, None, 0, 0)
+    assert stand_in[0][14:] == (None, None, 1.0, 1.0, None)
     assert math.isclose(scale, 576**-0.5) and passed is out and table is built.args[4]
     assert lengths.dtype == torch.int32 and lengths.tolist() == [70, 3]
     mla_decode(*built.args, num_ctas=78, precise=False)
-    assert stand_in[1][-3:-1] == (78, 1)
+    assert stand_in[1][12:14] == (78, 1)
 
 
 @pytest.mark.parametrize("lengths", [70, [70, 70], (70, 70), torch.tensor([70, 70])], ids=str)

@@ -160,7 +160,7 @@ def test_rows_that_belong_to_no_request_do_not_count() -> None:
 
 
 def test_records_hold_shapes_and_no_contents(tmp_path: Path) -> None:
-    sgl, one = sgl_engine(), sglang_call(q_lens=(2, 1, 2))
+    sgl, one = sgl_engine(), sglang_call(heads=8, q_lens=(2, 1, 2))
     path = tmp_path / "calls.jsonl"
     with etap_integration.shadow(
         SGL, fraction=1.0, record=path, operator=Recorder(compute=True), machine=hopper
@@ -172,7 +172,7 @@ def test_records_hold_shapes_and_no_contents(tmp_path: Path) -> None:
     assert len(rows) == 2
     assert {row["first"] for row in rows} == {"upstream", "etap"}
     shape = {
-        "function": "sgl_kernel.flash_attn.flash_attn_with_kvcache", "served": "upstream", "batch": 3, "heads": 16,
+        "function": "sgl_kernel.flash_attn.flash_attn_with_kvcache", "served": "upstream", "batch": 3, "heads": 8,
         "q_len": 2, "q_tokens": 5, "ragged": True, "page_size": 1, "capacity": 64, "kv_lens": [7, 10, 13],
         "dtype": "bfloat16", "causal": True, "return_lse": False, "fused": True, "lse_max_error": None,
     }  # fmt: skip

@@ -8,27 +8,56 @@ constexpr int kLatentDim = 512;                     // ckv columns; also the out
 constexpr int kRopeDim = 64;                        // kpe columns
 constexpr int kTileKeys = 64;                       // keys per KV tile: M of wgmma
 constexpr int kChunkCols = 64;                      // columns per ring chunk: one 128-byte swizzle row
-constexpr int kLatentChunks = kLatentDim / kChunkCols;
+constexpr int kLatentChunks = kLatentDim / kChunkCols;  // also blocks of O^T: 64 latent columns each
 constexpr int kTileChunks = kLatentChunks + 1;      // the rope chunk comes first
 constexpr int kChunkBytes = kTileKeys * kChunkCols * 2;
 constexpr int kConsumerGroups = 2;                  // consumer warpgroups
 constexpr int kConsumerThreads = kConsumerGroups * 128;
 constexpr int kThreads = kConsumerThreads + 128;    // and one producer warpgroup
 constexpr int kMaxSharedBytes = 227 * 1024;         // what sm_90 lets one block opt in to
+// Latent chunk that the i-th one loaded of a tile is. Tiles of warpgroup 1 begin with the upper half, so that each
+// warpgroup finds in its first accumulators the half of O^T that it finishes.
+#if defined(__CUDACC__)
+__host__ __device__
+#endif
+constexpr int latent_chunk(int i, int group) { return i ^ (group * (kLatentChunks / 2)); }
 constexpr int kMaxRing = 24;
+constexpr int kMaxCtas = 256;                       // of one launch: more SMs than any Hopper GPU has
+
+// A slot of the workspace: a partial O^T (fp32), then per row its reference maximum and sum, in whole lines.
+constexpr int slot_bytes(int row_tile) { return row_tile * kLatentDim * 4 + (row_tile * 8 + 127) / 128 * 128; }
+
+// Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers.
+enum class CacheFormat { kQueryType, kE4m3 };
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
 // More rows than 32 loop over row tiles: a warpgroup's registers hold O^T (512 x 32 fp32), and no more.
-template <int RowTile, int PParts>
+template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32);
   static_assert(PParts == 1 || PParts == 2);
   static constexpr int kRowTile = RowTile;
   static constexpr int kPParts = PParts;
+  static constexpr bool kE4m3 = Format == CacheFormat::kE4m3;
+  // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and
+  // fills half its slot.
+  static constexpr int kElementBytes = kE4m3 ? 1 : 2;
+  static constexpr int kRingCols = 128 / kElementBytes;             // columns of a latent chunk
+  static constexpr int kRingLatent = kLatentDim / kRingCols;        // latent chunks of a tile
+  static constexpr int kRingTile = kRingLatent + 1;                 // chunks of a tile
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  static constexpr int latent_column(int i, int group) {            // that the i-th latent chunk begins with
+    return (i * kRingCols) ^ (group * (kLatentDim / 2));             // see latent_chunk
+  }
+  static constexpr int kRopeRowBytes = kRopeDim * kElementBytes;
+  static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T
-  static constexpr int kQueryBytes = kTileChunks * RowTile * kChunkCols * 2;
+  static constexpr int kQueryChunks = kTileChunks + kE4m3;  // e4m3: the rope part of Q in two fp16 parts
+  static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
   static constexpr int kProbBuffers = 2 * kConsumerGroups;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
@@ -38,7 +67,7 @@ struct TileConfig {
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
   static constexpr int kRing = kRingFit < kMaxRing ? kRingFit : kMaxRing;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
-  static_assert(kRing >= kTileChunks + 1 && kRing >= kExchangeChunks);
+  static_assert(kRing >= kRingTile + 1 && kRing >= kExchangeChunks);
 };
 
 }  // namespace etap

@@ -17,7 +17,7 @@ constexpr float kReferenceSlack = 8.0f; // scores may exceed the reference maxim
 template <class Cfg>
 struct ConsumerState {
   static constexpr int kStats = Cfg::kRowTile / 4;  // rows that one thread holds statistics of
-  float out[kLatentChunks][Cfg::kPvRows / 2];       // O^T
+  float out[kLatentChunks][Cfg::kPvRows / 2];       // O^T, in the order of latent_chunk
   float reference[kStats];                            // log2 units; the same in all threads of the warpgroup
   float sum[kStats];                                  // of this thread's keys alone
   bool fresh;                                         // no tile of this piece seen yet
@@ -92,7 +92,7 @@ ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInf
 
 // S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
 template <class T, class Cfg>
-ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool gathered,
+ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int group, bool gathered,
                             float (&scores)[Cfg::kRowTile / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   uint32_t const ring = descriptor_low(shared_address(smem.ring));
@@ -111,17 +111,23 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, bool
       scale = ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
-    q = c == 0 ? query : q + kQueryChunk;
+    q = query + latent_chunk(c, group) * kQueryChunk;  // of the next chunk
     at.advance();
   }
   cute::warpgroup_wait<0>();
+}
+
+// What brings scores to log2 units; those of an e4m3 cache are there already.
+template <class Cfg>
+ETAP_DEVICE float score_scale(MlaDecodeParams const& p) {
+  return Cfg::kE4m3 ? 1.0f : p.scale_log2;
 }
 
 // Sets masked scores so that scale x score is -inf, whatever lay in the cache slot.
 template <class Cfg>
 ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, ConsumerState<Cfg> const& st, int tile,
                              float (&scores)[Cfg::kRowTile / 2]) {
-  float const masked = p.scale_log2 < 0 ? INFINITY : -INFINITY;
+  float const masked = score_scale<Cfg>(p) < 0 ? INFINITY : -INFINITY;
   int const key = tile * kTileKeys + st.warp * 16 + st.lane / 4;
 #pragma unroll
   for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
@@ -137,7 +143,7 @@ ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, C
 // Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not.
 template <class Cfg>
 ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, int thread, int threads) {
-  for (int c = 0; c < kLatentChunks; ++c) {
+  for (int c = 0; c < Cfg::kRingLatent; ++c) {
     at.advance();
     for (int i = valid * 8 + thread; i < kTileKeys * 8; i += threads) {
       *reinterpret_cast<uint4*>(smem.ring[at.slot] + i * 16) = make_uint4(0, 0, 0, 0);
@@ -159,7 +165,7 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
     float e[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float const x = fmaf(scores[4 * j + i], p.scale_log2, -st.reference[2 * j + (i & 1)]);
+      float const x = fmaf(scores[4 * j + i], score_scale<Cfg>(p), -st.reference[2 * j + (i & 1)]);
       exceeds |= x > kReferenceSlack;
       e[i] = exp2_approx(x);
     }
@@ -194,6 +200,8 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
   return exceeds;
 }
 
+ETAP_DEVICE float& warp_entry(float4& of_warps, int warp) { return reinterpret_cast<float*>(&of_warps)[warp]; }
+
 // Raises the reference maximum to cover the tile, and rescales what was accumulated under the old one.
 template <class Cfg>
 ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
@@ -202,19 +210,19 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
   auto& shared = smem.control.warp_stat[st.group];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
-    float const a = scores[4 * (i / 2) + (i & 1)] * p.scale_log2, b = scores[4 * (i / 2) + 2 + (i & 1)] * p.scale_log2;
+    float const scale = score_scale<Cfg>(p);
+    float const a = scores[4 * (i / 2) + (i & 1)] * scale, b = scores[4 * (i / 2) + 2 + (i & 1)] * scale;
     float top = fmaxf(a, b);
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    if (st.lane < 4) shared[st.warp][st.row_of(i)] = top;
+    if (st.lane < 4) warp_entry(shared[st.row_of(i)], st.warp) = top;
   }
   sync_group(st.group);
   float factor[kStats];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
-    float m = st.reference[i];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) m = fmaxf(m, shared[w][st.row_of(i)]);
+    float4 const tops = shared[st.row_of(i)];
+    float const m = fmaxf(fmaxf(fmaxf(st.reference[i], tops.x), fmaxf(tops.y, tops.z)), tops.w);
     factor[i] = exp2_approx(st.reference[i] - m);
     st.reference[i] = m;
     st.sum[i] *= factor[i];
@@ -267,7 +275,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
                               MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
   float scores[Cfg::kRowTile / 2];
-  score_tile<T>(smem, at, p.box_rows == 0, scores);
+  score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
   if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {

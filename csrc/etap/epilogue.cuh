@@ -4,8 +4,18 @@
 
 #include "consumer.cuh"
 #include "plan.cuh"
+#include "workspace.cuh"
 
 namespace etap {
+
+// Which of a warp's 16 latent columns a thread's fragment of O^T holds: this one, and the one kColumnStep further.
+// e4m3 values come from shared memory in pairs of neighbours.
+template <class Cfg>
+ETAP_DEVICE int fragment_column(int lane) {
+  return Cfg::kE4m3 ? lane / 4 * 2 : lane / 4;
+}
+template <class Cfg>
+constexpr int kColumnStep = Cfg::kE4m3 ? 1 : 8;
 
 // LSE of one row from its reference maximum (log2 units) and the sum under it.
 ETAP_DEVICE void write_lse(MlaDecodeParams const& p, RowTarget const& target, float reference, float sum) {
@@ -13,35 +23,37 @@ ETAP_DEVICE void write_lse(MlaDecodeParams const& p, RowTarget const& target, fl
   p.lse[target.lse] = sum > 0.0f ? fmaf(reference, p.lse_unit, log2_accurate(sum) * p.lse_unit) : -INFINITY;
 }
 
-// Sums of a warpgroup's keys, per row, in every thread; then both statistics in shared memory.
+// Statistics of this warpgroup's keys, for both: sums per warp, and the reference.
 template <class Cfg>
 ETAP_DEVICE void publish_statistics(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats;
-  auto& shared = smem.control.warp_stat[st.group];
 #pragma unroll
-  for (int i = 0; i < kStats; ++i) {
+  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) st.sum[i] += __shfl_xor_sync(~0u, st.sum[i], d);
-    if (st.lane < 4) shared[st.warp][st.row_of(i)] = st.sum[i];
-  }
-  sync_group(st.group);
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) {
-    int const r = st.row_of(i);
-    st.sum[i] = shared[0][r] + shared[1][r] + shared[2][r] + shared[3][r];
-    if (st.warp == 0 && st.lane < 4) smem.control.group_stat[st.group][r] = make_float2(st.reference[i], st.sum[i]);
+    if (st.lane < 4) {
+      warp_entry(smem.control.warp_stat[st.group][st.row_of(i)], st.warp) = st.sum[i];
+      if (st.warp == 0) smem.control.reference[st.group][st.row_of(i)] = st.reference[i];
+    }
   }
 }
 
-// The workspace of a slot, as float4 quads in fragment order: quad q of chunk c belongs to thread q % 128 of a
-// warpgroup and holds rows 8 j + 2 (lane % 4) (+ 1), j = q / 128, at latent columns d, d + 8.
+// Both warpgroups' statistics become one, in st; own and other weigh the two O^T.
 template <class Cfg>
-ETAP_DEVICE float4* partial_quads(MlaDecodeParams const& p, int slot) {
-  return reinterpret_cast<float4*>(p.partial_out) + int64_t(slot) * (Cfg::kRowTile * kLatentDim / 4);
-}
-template <class Cfg>
-ETAP_DEVICE float2* partial_stats(MlaDecodeParams const& p, int slot) {
-  return reinterpret_cast<float2*>(p.partial_stats) + int64_t(slot) * Cfg::kRowTile;
+ETAP_DEVICE void join_statistics(SharedStorage<Cfg> const& smem, ConsumerState<Cfg>& st,
+                                 float (&own)[Cfg::kRowTile / 4], float (&other)[Cfg::kRowTile / 4]) {
+#pragma unroll
+  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
+    int const r = st.row_of(i);
+    auto group_sum = [&](int group) {
+      float4 const s = smem.control.warp_stat[group][r];
+      return (s.x + s.y) + (s.z + s.w);
+    };
+    float const theirs = smem.control.reference[1 - st.group][r], top = fmaxf(st.reference[i], theirs);
+    own[i] = exp2_approx(st.reference[i] - top);
+    other[i] = exp2_approx(theirs - top);
+    st.reference[i] = top;
+    st.sum[i] = group_sum(st.group) * own[i] + group_sum(1 - st.group) * other[i];
+  }
 }
 
 // The high and the low part of P were accumulated side by side; their sum.
@@ -97,12 +109,25 @@ ETAP_DEVICE void store_float(MlaDecodeParams const& p, RowTarget const* rows, Co
   for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
     int64_t const target = rows[st.row_of(i)].out;
     if (target < 0) continue;
-    float* const out = static_cast<float*>(p.out) + target + st.group * 256 + st.warp * 16 + st.lane / 4;
+    float* const out = static_cast<float*>(p.out) + target + st.group * 256 + st.warp * 16 +
+                       fragment_column<Cfg>(st.lane);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       out[c * kChunkCols] = result[c][4 * (i / 2) + (i & 1)];
-      out[c * kChunkCols + 8] = result[c][4 * (i / 2) + 2 + (i & 1)];
+      out[c * kChunkCols + kColumnStep<Cfg>] = result[c][4 * (i / 2) + 2 + (i & 1)];
     }
+  }
+}
+
+// A thread's pairs of neighbouring latent columns, of rows 2 (lane % 4) (+ 1) (+ 8), to 512-byte rows.
+template <class T, int Blocks>
+ETAP_DEVICE void store_neighbours(uint32_t base, uint32_t col16, int lane, float const* f) {
+  uint32_t const pair = lane / 4;
+#pragma unroll
+  for (int i = 0; i < 2 * (Blocks > 1 ? 2 : 1); ++i) {
+    uint32_t const row = 2 * (lane & 3) + (i & 1) + i / 2 * 8;
+    uint32_t const address = base + row * 512 + (((col16 + pair / 4) ^ (row & 7)) << 4) + pair % 4 * 4;
+    store_shared(address, pack_pair(f[4 * (i / 2) + (i & 1)], f[4 * (i / 2) + 2 + (i & 1)], T{}));
   }
 }
 
@@ -122,7 +147,9 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
       uint32_t const col16 = c * 8 + 2 * st.warp + half, row = upper * 8 + (st.lane & 7);
       uint32_t const address = base + row * 512 + ((col16 ^ (row & 7)) << 4);
       uint32_t const low = pack_pair(f[0], f[1], T{}), high = pack_pair(f[2], f[3], T{});
-      if constexpr (kBlocks == 1) {
+      if constexpr (Cfg::kE4m3) {
+        store_neighbours<T, kBlocks>(base, c * 8 + 2 * st.warp, st.lane, f);
+      } else if constexpr (kBlocks == 1) {
         store_matrices(address, low, high);
       } else {
         store_matrices(address, low, high, pack_pair(f[4], f[5], T{}), pack_pair(f[6], f[7], T{}));
@@ -141,18 +168,19 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
   }
 }
 
-// Each warpgroup gives the other its half of O^T's chunks and adds what it is given to its own.
-template <int kGroup, class Cfg>
-ETAP_DEVICE void exchange_halves(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent,
-                                 float const (&weight)[Cfg::kRowTile / 4], float (&result)[4][Cfg::kRowTile / 2]) {
-  constexpr int kQuads = Cfg::kRowTile / 8, kMine = kGroup * 4, kTheirs = 4 - kMine;
-  constexpr int kHalf = Cfg::kExchangeChunks / 2;  // warpgroup g reads lent chunks g kHalf ..
-  int const thread = st.warp * 32 + st.lane;
-  auto weighted = [&](int chunk, int i) { return folded(st, chunk, i) * weight[2 * (i / 4) + (i & 1)]; };
-  auto quad = [&](int group, int c, int j) {
-    int const q = c * kQuads + j;
-    return reinterpret_cast<float4*>(smem.ring[lent.ahead(group * kHalf + q / 4).slot]) + (q % 4) * 128 + thread;
-  };
+// Where warpgroup `group` finds the quads of O^T that the other gives it, in the lent chunks.
+template <class Cfg>
+ETAP_DEVICE float4* given_quad(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent, int group,
+                               int c, int j) {
+  constexpr int kQuads = Cfg::kRowTile / 8, kHalf = Cfg::kExchangeChunks / 2;
+  int const q = c * kQuads + j;
+  return reinterpret_cast<float4*>(smem.ring[lent.ahead(group * kHalf + q / 4).slot]) + (q % 4) * 128 + st.warp * 32 +
+         st.lane;
+}
+
+// Each warpgroup gives the other its half of O^T's chunks.
+template <class Cfg>
+ETAP_DEVICE void give_half(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent) {
   for (int i = 0; i < Cfg::kExchangeChunks; ++i) {
     auto const at = lent.ahead(i);
     smem.control.full[at.slot].wait(at.parity);
@@ -160,25 +188,33 @@ ETAP_DEVICE void exchange_halves(SharedStorage<Cfg>& smem, ConsumerState<Cfg> co
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
 #pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      *quad(1 - kGroup, c, j) = make_float4(weighted(kTheirs + c, 4 * j), weighted(kTheirs + c, 4 * j + 1),
-                                            weighted(kTheirs + c, 4 * j + 2), weighted(kTheirs + c, 4 * j + 3));
+    for (int j = 0; j < Cfg::kRowTile / 8; ++j) {
+      *given_quad(smem, st, lent, 1 - st.group, c, j) =
+          make_float4(folded(st, 4 + c, 4 * j), folded(st, 4 + c, 4 * j + 1), folded(st, 4 + c, 4 * j + 2),
+                      folded(st, 4 + c, 4 * j + 3));
     }
   }
   cutlass::arch::fence_view_async_shared();  // the next writer of these chunks is TMA
-  sync_consumers();
+}
+
+// ... and adds what it was given to its own half.
+template <class Cfg>
+ETAP_DEVICE void take_half(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent,
+                           float const (&own)[Cfg::kRowTile / 4], float const (&other)[Cfg::kRowTile / 4],
+                           float (&result)[4][Cfg::kRowTile / 2]) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
 #pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      float4 const v = *quad(kGroup, c, j);
-      result[c][4 * j] = weighted(kMine + c, 4 * j) + v.x;
-      result[c][4 * j + 1] = weighted(kMine + c, 4 * j + 1) + v.y;
-      result[c][4 * j + 2] = weighted(kMine + c, 4 * j + 2) + v.z;
-      result[c][4 * j + 3] = weighted(kMine + c, 4 * j + 3) + v.w;
+    for (int j = 0; j < Cfg::kRowTile / 8; ++j) {
+      float4 const v = *given_quad(smem, st, lent, st.group, c, j);
+      float const given[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const row = 2 * j + (i & 1);
+        result[c][4 * j + i] = fmaf(folded(st, c, 4 * j + i), own[row], given[i] * other[row]);
+      }
     }
   }
-  sync_group(kGroup);  // the chunks may be written again
 }
 
 // The two warpgroups' results become one, and go to the output or, if other CTAs hold parts of the same rows, to the
@@ -187,38 +223,38 @@ template <class T, class Cfg>
 ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                               ConsumerState<Cfg>& st, RingPosition<Cfg> lent) {
   constexpr int kStats = ConsumerState<Cfg>::kStats, kHalf = Cfg::kExchangeChunks / 2;
-  bool const whole = piece.whole();
+  bool const whole = piece.whole(), exchange = exchanges(piece);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
   int const slot = piece.slot(piece.part);
-  float4* const quads = partial_quads<Cfg>(p, slot) + st.warp * 32 + st.lane;
+  float4* const quads = buffer.quads(slot) + st.warp * 32 + st.lane;
+  if (exchange) give_half(smem, st, lent);
   publish_statistics(smem, st);
   sync_consumers();  // also: Q may be replaced
-  if (!exchanges(piece)) {
-    if (st.group > 0) return;
-    store_stats(partial_stats<Cfg>(p, slot), st);
-    store_alone(quads, st);
+  float own[kStats], other[kStats];
+  join_statistics(smem, st, own, other);
+  if (!whole && st.group == 0) {
+    store_stats(buffer.stats(slot), st);
+    if (st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot);
+  }
+  if (!exchange) {
+    if (st.group == 0) store_alone(quads, st);
     return;
   }
-  float weight[kStats];
+  if (whole) {
 #pragma unroll
-  for (int i = 0; i < kStats; ++i) {
-    float2 const other = smem.control.group_stat[1 - st.group][st.row_of(i)];
-    float const top = fmaxf(st.reference[i], other.x);
-    weight[i] = exp2_approx(st.reference[i] - top);
-    st.sum[i] = st.sum[i] * weight[i] + other.y * exp2_approx(other.x - top);
-    st.reference[i] = top;
-    if (whole) weight[i] *= st.sum[i] > 0.0f ? 1.0f / st.sum[i] : 0.0f;
+    for (int i = 0; i < kStats; ++i) {
+      float const scale = st.sum[i] > 0.0f ? value_scale<Cfg>(piece) / st.sum[i] : 0.0f;
+      own[i] *= scale;
+      other[i] *= scale;
+    }
   }
-  if (!whole && st.group == 0) store_stats(partial_stats<Cfg>(p, slot), st);
   float result[4][Cfg::kRowTile / 2];
-  if (st.group == 0) {
-    exchange_halves<0>(smem, st, lent, weight, result);
-  } else {
-    exchange_halves<1>(smem, st, lent, weight, result);
-  }
+  take_half(smem, st, lent, own, other, result);
   lent = lent.ahead(st.group * kHalf);
   if (!whole) {
     store_partial(quads, st, result);
   } else {
+    sync_group(st.group);  // the chunks may be written again
     RowTarget const* const rows = smem.control.rows[piece.table];
     if (st.group == 0 && st.warp == 0 && st.lane < 4) {
 #pragma unroll
@@ -232,6 +268,7 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
       __syncwarp();
     }
   }
+  __syncwarp();
   for (int i = 0; i < kHalf; ++i) {
     if (st.lane == 0) smem.control.empty[lent.ahead(i).slot].arrive();
   }

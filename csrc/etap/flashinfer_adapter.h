@@ -73,11 +73,11 @@ inline Requests take_requests(std::vector<int64_t>& plan) {
 
 template <class Tensor>
 Element element_of(Tensor const& t) {
-  auto const type = t.dtype();  // DLPack's: code 0 int, 2 float, 4 bfloat
+  auto const type = t.dtype();  // DLPack's: code 0 int, 2 float, 4 bfloat, 10 float8_e4m3fn
   if (type.lanes != 1) return Element::kOther;
   if (type.code == 4 && type.bits == 16) return Element::kBf16;
   if (type.code == 2 && type.bits == 16) return Element::kFp16;
-  if (type.code == 2 && type.bits == 32) return Element::kFloat32;
+  if (type.code == 10 && type.bits == 8) return Element::kE4m3;
   if (type.code == 0 && type.bits == 32) return Element::kInt32;
   return Element::kOther;
 }
@@ -95,7 +95,8 @@ bool columns_contiguous(Tensor const& t) {
 template <class Tensor>
 Call describe(Requests const& requests, void const* int_workspace, Tensor const& q_nope, Tensor const& q_pe,
               Tensor const& ckv, Tensor const& kpe, Tensor const& kv_indices, Tensor const& o, float* lse,
-              int64_t mask_mode, int64_t num_heads, int64_t page_size, double sm_scale, bool base_e, int64_t num_sm) {
+              int64_t mask_mode, int64_t num_heads, int64_t page_size, double sm_scale, bool base_e, double ckv_scale,
+              double kpe_scale, bool scales_per_token, int64_t num_sm) {
   Call call{};
 #ifdef FLASHINFER_ENABLE_PROFILER
   call.profiles = true;
@@ -106,6 +107,7 @@ Call describe(Requests const& requests, void const* int_workspace, Tensor const&
   call.total_q = q_nope.size(0);
   call.mask_mode = mask_mode;
   call.sm_scale = sm_scale;
+  call.scales_per_token = scales_per_token;
   call.num_sm = num_sm;
   MlaDecodeParams& p = call.params;
   p.num_heads = static_cast<int>(num_heads);
@@ -140,6 +142,8 @@ Call describe(Requests const& requests, void const* int_workspace, Tensor const&
   constexpr int64_t kMax = std::numeric_limits<int>::max();
   p.max_pages = static_cast<int>(std::min<int64_t>(kv_indices.size(0), kMax));
   p.capacity = static_cast<int>(std::min<int64_t>(p.max_pages * std::max<int64_t>(page_size, 0), kMax));
+  p.ckv_scale = static_cast<float>(ckv_scale);
+  p.kpe_scale = static_cast<float>(kpe_scale);
   p.out = o.data_ptr();
   p.out_stride = ragged_strides(o);
   p.lse = lse;  // (token, head), contiguous
@@ -153,10 +157,11 @@ template <class Tensor, class OptionalTensor>
 bool try_run(Requests const& requests, void const* int_workspace, Tensor const& q_nope, Tensor const& q_pe,
              Tensor const& ckv, Tensor const& kpe, Tensor const& kv_indices, Tensor const& o,
              OptionalTensor const& lse, int64_t mask_mode, int64_t num_heads, int64_t page_size, double sm_scale,
-             bool base_e, int64_t num_sm, cudaStream_t stream) {
+             bool base_e, double ckv_scale, double kpe_scale, bool scales_per_token, int64_t num_sm,
+             cudaStream_t stream) {
   float* const lse_data = lse.has_value() ? static_cast<float*>(lse.value().data_ptr()) : nullptr;
   Call const call = describe(requests, int_workspace, q_nope, q_pe, ckv, kpe, kv_indices, o, lse_data, mask_mode,
-                             num_heads, page_size, sm_scale, base_e, num_sm);
+                             num_heads, page_size, sm_scale, base_e, ckv_scale, kpe_scale, scales_per_token, num_sm);
   if (!accept(call)) return false;
   launch(call, q_nope.device().device_id, stream);
   return true;

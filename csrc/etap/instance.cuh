@@ -1,4 +1,4 @@
-// Body of the files in csrc/instances/: one element type and row tile each, with P in one and in two parts.
+// Body of the files in csrc/instances/: one query type, cache format and row tile each, with P in one and in two parts.
 #pragma once
 
 #include <atomic>
@@ -43,12 +43,14 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
 
 }  // namespace etap
 
-#define ETAP_INSTANCE(NAME, T, ROW_TILE)                                                                         \
-  namespace etap {                                                                                               \
-  cudaError_t launch_##NAME##_##ROW_TILE(int p_parts, MlaDecodeParams const& params, CUtensorMap const& ckv_map, \
-                                         CUtensorMap const& kpe_map, int num_ctas, cudaStream_t stream) {        \
-    return p_parts == 2                                                                                          \
-               ? launch_instance<T, TileConfig<ROW_TILE, 2>>(params, ckv_map, kpe_map, num_ctas, stream)         \
-               : launch_instance<T, TileConfig<ROW_TILE, 1>>(params, ckv_map, kpe_map, num_ctas, stream);        \
-  }                                                                                                              \
+#define ETAP_INSTANCE_OF(NAME, T, ROW_TILE, FORMAT)                                                                 \
+  namespace etap {                                                                                                  \
+  cudaError_t launch_##NAME##_##ROW_TILE(int p_parts, MlaDecodeParams const& params, CUtensorMap const& ckv_map,    \
+                                         CUtensorMap const& kpe_map, int num_ctas, cudaStream_t stream) {           \
+    return p_parts == 2                                                                                             \
+               ? launch_instance<T, TileConfig<ROW_TILE, 2, FORMAT>>(params, ckv_map, kpe_map, num_ctas, stream)    \
+               : launch_instance<T, TileConfig<ROW_TILE, 1, FORMAT>>(params, ckv_map, kpe_map, num_ctas, stream);   \
+  }                                                                                                                 \
   }
+#define ETAP_INSTANCE(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME, T, ROW_TILE, CacheFormat::kQueryType)
+#define ETAP_INSTANCE_E4M3(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME##_e4m3, T, ROW_TILE, CacheFormat::kE4m3)

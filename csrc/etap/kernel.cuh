@@ -6,6 +6,7 @@
 //   all consumers              merge of the rows that several CTAs hold parts of
 #pragma once
 
+#include "consumer_e4m3.cuh"
 #include "merge.cuh"
 #include "producer.cuh"
 
@@ -45,16 +46,24 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     int piece_thread = thread;
     asm volatile("" : "+r"(piece_thread));  // else addresses that it gives are kept, spilled, from piece to piece
     target_rows<Cfg>(p, smem.control.rows[piece.table], piece, piece_thread);
-    load_query(p, smem, piece, piece_thread);
+    if constexpr (Cfg::kE4m3) {
+      load_query_e4m3<T>(p, smem, piece, piece_thread);
+    } else {
+      load_query(p, smem, piece, piece_thread);
+    }
     MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
     int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
     sync_consumers();
     st.reset();
-    ETAP_ROLLED
-    for (int i = group; i < tiles; i += kConsumerGroups) {
-      consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * kTileChunks), begin + i, i / 2 % 2);
+    if constexpr (Cfg::kE4m3) {
+      consume_tiles_e4m3(p, smem, st, piece, mask);
+    } else {
+      ETAP_ROLLED
+      for (int i = group; i < tiles; i += kConsumerGroups) {
+        consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
+      }
     }
-    finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(chunk + tiles * kTileChunks));
+    finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(chunk + tiles * Cfg::kRingTile));
     if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
     release_piece(smem, index, lane);
   }
@@ -70,19 +79,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
   if (warp == 0) {
     plan_launch(p, smem, lane);
-  } else if (warp == 1) {
-    init_barriers(p, smem, lane);
-  } else if (warp == 2) {
-    prefetch_page_table(p, lane);
-  } else if (warp == 3 && lane == 0 && p.box_rows) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
-    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    __syncwarp();
+    NamedBarrier::arrive(kThreads, kBarrierStart);
+    NamedBarrier::sync(64, kBarrierInit);  // with warp 1, long done
+  } else {
+    if (warp == 1) {
+      init_barriers(p, smem, lane);
+      NamedBarrier::arrive(64, kBarrierInit);
+    } else if (warp == 2) {
+      prefetch_page_table(p, lane);
+    } else if (warp == 3 && lane == 0 && p.box_rows) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    }
+    NamedBarrier::sync(kThreads, kBarrierStart);
   }
-  __syncthreads();
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<72>();
     if (warp == 3) write_empty_requests(p, lane);
     produce(p, ckv_map, kpe_map, smem, warp, lane);
+    if (warp == 0) turn_workspace<Cfg>(p, smem.control.epoch, lane);
   } else {
     cutlass::arch::warpgroup_reg_alloc<216>();
     consume<T>(p, smem, warp / 4 - 1, warp % 4, lane);

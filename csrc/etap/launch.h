@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "config.h"
 #include "params.h"
 
 namespace etap {
@@ -12,7 +13,8 @@ namespace etap {
 enum class Dtype { kBf16, kFp16 };
 
 struct LaunchConfig {
-  Dtype dtype;
+  Dtype dtype;   // of the query, and of the cache unless that is e4m3
+  CacheFormat cache = CacheFormat::kQueryType;
   int row_tile;  // 8, 16 or 32
   int p_parts;   // 16-bit parts of P: 1, 2, or 0 for the GPU's default
   int num_ctas;  // at most one per SM
@@ -21,19 +23,20 @@ struct LaunchConfig {
 // The smallest row tile that holds `rows`, or the largest there is.
 constexpr int row_tile_for(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
 
-// Keys per TMA box for this cache, or 0 if it must be gathered.
-int tma_box_rows(MlaDecodeParams const& params);
+// Keys per TMA box for a cache of these elements, or 0 if it must be gathered.
+int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
-// 2, but 1 on an H20 (the Hopper GPU with 78 SMs), where the tensor cores are the limit.
-constexpr int default_p_parts(int sms) { return sms == 78 ? 1 : 2; }
+// 2, but 1 on an H20 (the Hopper GPU with 78 SMs), where the tensor cores are the limit, and for an e4m3 cache, whose P is
+// float16.
+constexpr int default_p_parts(CacheFormat cache, int sms) {
+  return cache == CacheFormat::kE4m3 || sms == 78 ? 1 : 2;
+}
 
-constexpr int kMaxCtas = 256;
-
-// The workspace: counters (0 between launches), then words of 0xff bytes. The kernel leaves it that way, whatever the
-// configuration, so one initialisation serves any sequence of launches; no two may use it at once.
-constexpr size_t kMergeCountBytes = 2 * kMaxCtas * sizeof(int);
-size_t workspace_bytes(LaunchConfig const& config);
-void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* workspace);
+// The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it
+// serves any sequence of launches with as many CTAs and the same row tile; no two may use it at once.
+constexpr size_t workspace_bytes(int num_ctas, int row_tile) {  // two buffers of two slots a CTA
+  return kWorkspaceHeaderBytes + 2 * 2 * size_t(num_ctas) * slot_bytes(row_tile);
+}
 
 // Enqueues the kernel on the stream, of the current device; nothing else. Fills in what follows from the rest of the
 // parameters: divisors, box_rows, gather_16b.

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "config.h"
+
 namespace etap {
 
 struct RowStrides {  // of a tensor indexed (batch, token, head, column); ragged tensors have batch == 0
@@ -42,6 +44,12 @@ struct MlaDecodeParams {
   int box_rows;                 // keys per TMA box (8 to 64), or 0: gather by cp.async
   bool gather_16b;              // gather rows are 16-byte aligned
 
+  // e4m3 cache: what its elements are multiplied by, per request where a stride is not 0; the value if no pointer
+  float ckv_scale, kpe_scale;
+  float const* ckv_scale_data;
+  float const* kpe_scale_data;
+  int64_t ckv_scale_stride, kpe_scale_stride;
+
   // output
   void* out;                    // (batch, token, head, 512)
   RowStrides out_stride;
@@ -50,11 +58,19 @@ struct MlaDecodeParams {
   RowStrides lse_stride;
   float lse_unit;               // ln 2: natural log; 1: base 2
 
-  // workspace: 2 slots a CTA
-  float* partial_out;           // [slot][row_tile * 512], kUnwritten between launches
-  float* partial_stats;         // [slot][row_tile][2] (maximum in log2 units, sum), likewise
-  int* merge_count;             // [slot], zero between launches
+  void* workspace;              // workspace.cuh
 };
+
+// What a workspace starts with: all zero before its first launch. Host code knows its size only.
+struct WorkspaceHeader {
+  uint32_t epoch;                 // launches so far
+  uint32_t readers;               // CTAs of this launch that are done with the epoch
+  uint32_t pad[2];
+  uint8_t dirty[kMaxCtas][2][2];  // [CTA][buffer][slot of the CTA]: holds a partial result
+};
+
+constexpr int kWorkspaceHeaderBytes = 2048;
+static_assert(sizeof(WorkspaceHeader) <= kWorkspaceHeaderBytes);
 
 // A word that no arithmetic instruction produces (its NaNs are 0x7fffffff): "not written yet".
 constexpr uint32_t kUnwritten = 0xffffffffu;

@@ -2,7 +2,7 @@
 // other roles.
 #pragma once
 
-#include "storage.cuh"
+#include "workspace.cuh"
 
 namespace etap {
 
@@ -55,11 +55,15 @@ ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   to.len = cache_len(p, piece.request);
   to.token0 = query_begin(p, piece.request);
   to.q_len = query_len(p, piece.request);
+  if constexpr (Cfg::kE4m3) {
+    to.ckv_scale = p.ckv_scale_data ? p.ckv_scale_data[piece.request * p.ckv_scale_stride] : p.ckv_scale;
+    to.kpe_scale = p.kpe_scale_data ? p.kpe_scale_data[piece.request * p.kpe_scale_stride] : p.kpe_scale;
+  }
   to.first_chunk = index == 0 ? 0 : smem.control.next_chunk;
   int const pending = index == 0 ? 0 : smem.control.num_pending;
   to.table = piece.whole() ? 2 + index % 2 : pending;
   smem.control.num_pending = pending + !piece.whole();
-  smem.control.next_chunk = to.first_chunk + (piece.end - piece.begin) * kTileChunks + lent_chunks<Cfg>(piece);
+  smem.control.next_chunk = to.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile + lent_chunks<Cfg>(piece);
 }
 
 template <class Cfg>
@@ -86,9 +90,11 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
 // Makes the plan and this CTA's first piece.
 template <class Cfg>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
+  uint32_t const epoch = read_epoch(p);
   // Up to 32 requests, each lane keeps the one request it ever asks for.
   RequestWork const own = lane < p.batch ? request_work<Cfg>(p, lane) : RequestWork{0, 0};
   auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
+  if (lane == 0) smem.control.epoch = epoch;
   WorkTotals totals;
   ETAP_ROLLED
   for (int b = lane; b < p.batch; b += 32) totals.add(work_of(b));
@@ -129,6 +135,7 @@ ETAP_DEVICE void post_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
     PieceCursor cursor = smem.control.cursor;
     next_piece(p, smem, cursor, index, lane);
   }
+  __syncwarp();
   if (lane == 0) smem.control.piece_full[index % kPieceBuffers].arrive();
 }
 

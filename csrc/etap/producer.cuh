@@ -3,6 +3,8 @@
 
 #include <cute/arch/copy_sm80.hpp>
 
+#include <type_traits>
+
 #include "plan.cuh"
 
 namespace etap {
@@ -56,29 +58,34 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
         int const row = __shfl_sync(~0u, box.row, tile), page = __shfl_sync(~0u, box.page, tile);
         if (cute::elect_one_sync()) {
           RingPosition<Cfg> to = at;
+          int const flip = Cfg::latent_column(0, (first + tile - begin) & 1);
 #pragma unroll
-          for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
+          for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
             smem.control.empty[to.slot].wait(to.parity ^ 1);
-            smem.control.full[to.slot].arrive_and_expect_tx(kChunkBytes);
+            smem.control.full[to.slot].arrive_and_expect_tx(chunk < 0 ? Cfg::kRopeBytes : kChunkBytes);
             cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
                                          reinterpret_cast<uint64_t*>(&smem.control.full[to.slot]), kHint,
-                                         smem.ring[to.slot], chunk < 0 ? 0 : chunk * kChunkCols, row, page);
+                                         smem.ring[to.slot], chunk < 0 ? 0 : Cfg::latent_column(chunk, 0) ^ flip, row,
+                                         page);
             to.advance();
           }
         }
         __syncwarp();
-        at.advance(kTileChunks);
+        at.advance(Cfg::kRingTile);
         continue;
       }
       ETAP_ROLLED
-      for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
+      for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
         smem.control.empty[at.slot].wait(at.parity ^ 1);
-        if (lane == tile * boxes) smem.control.full[at.slot].arrive_and_expect_tx(kChunkBytes);
+        if (lane == tile * boxes) {
+          smem.control.full[at.slot].arrive_and_expect_tx(chunk < 0 ? Cfg::kRopeBytes : kChunkBytes);
+        }
         __syncwarp();
         if (lane_tile == tile) {
           cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
                                        reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]), kHint,
-                                       smem.ring[at.slot] + row_in_tile * 128, max(chunk, 0) * kChunkCols, box.row,
+                                       smem.ring[at.slot] + row_in_tile * (chunk < 0 ? Cfg::kRopeRowBytes : 128),
+                                       chunk < 0 ? 0 : Cfg::latent_column(chunk, (first + tile - begin) & 1), box.row,
                                        box.page);
         }
         at.advance();
@@ -87,50 +94,76 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
   }
 }
 
+// What the gathers take an element of the cache for.
+template <class Cfg>
+using CacheElement = std::conditional_t<Cfg::kE4m3, uint8_t, uint16_t>;
+
+// Byte offset of 16-byte column `col16` of row `row` in the rope chunk, as TMA would have put it.
+template <class Cfg>
+ETAP_DEVICE uint32_t rope_offset(uint32_t row, uint32_t col16) {
+  return Cfg::kE4m3 ? row * 64 + ((col16 ^ (row >> 1 & 3)) << 4) : swizzled(row, col16);
+}
+
+// Brings the page table's entries of a tile to L2, from two threads on. They come from HBM, and are looked up only one
+// tile before they are used.
+ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int const* pages, int len, int tile, int thread) {
+  int const key = tile * kTileKeys + thread * 32;
+  if (p.page_table && key < len) prefetch_l2(pages + p.page_divmod.divide(key));
+}
+
 // cp.async, 16 bytes a thread: neighbouring threads share a row's 128 bytes. The copies themselves arrive at the full
 // barrier; the consumers fence between the proxies.
 template <class Cfg>
 ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                    RingPosition<Cfg>& at, int thread) {
+  using Element = CacheElement<Cfg>;
   constexpr int kRows = 4;  // rows of a tile that one thread copies 16 bytes of, per chunk
+  constexpr int kVector = 16 / sizeof(Element);
   int const col16 = thread % 8, first_row = thread / 8;
   int const request = piece.request, len = piece.len, end = piece.end;
   int const* const pages = piece.pages;
+  constexpr int kTilesAhead = 16;  // of the page table
+  if (thread < 2 * kTilesAhead) prefetch_entries(p, pages, len, piece.begin, thread);
   KeyPlace next[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
   ETAP_ROLLED
   for (int tile = piece.begin - 1; tile < end; ++tile) {  // one tile of look-ups ahead
-    uint16_t const* from[kRows];
+    Element const* from[kRows];
     KeyPlace place[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       place[i] = next[i];
-      from[i] = static_cast<uint16_t const*>(p.kpe) + place[i].page * p.kpe_page_stride +
-                place[i].row * p.kpe_row_stride + col16 * 8;
+      from[i] = static_cast<Element const*>(p.kpe) + place[i].page * p.kpe_page_stride +
+                place[i].row * p.kpe_row_stride + col16 * kVector;
       int const key = (tile + 1) * kTileKeys + first_row + 16 * i;
       next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < piece.begin) continue;
+    int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
+    int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
+    if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
     ETAP_ROLLED
-    for (int chunk = -1; chunk < kLatentChunks; ++chunk) {
+    for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
+      bool const rope = Cfg::kE4m3 && chunk < 0;  // rows of 64 bytes
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        uint8_t* const to = smem.ring[at.slot] + swizzled(first_row + 16 * i, col16);
-        if (place[i].row >= 0) {
+        uint32_t const row = first_row + 16 * i;
+        uint8_t* const to = smem.ring[at.slot] + (rope ? rope_offset<Cfg>(row, col16) : swizzled(row, col16));
+        if (place[i].row >= 0 && !(rope && col16 >= 4)) {
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
                                                        *reinterpret_cast<uint4*>(to));
         }
-        from[i] += kChunkCols;
+        from[i] += chunk == Cfg::kRingLatent / 2 - 1 ? wrap : Cfg::kRingCols;
       }
       cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));
       at.advance();
       if (chunk < 0) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          from[i] = static_cast<uint16_t const*>(p.ckv) + place[i].page * p.ckv_page_stride +
-                    place[i].row * p.ckv_row_stride + col16 * 8;
+          from[i] = static_cast<Element const*>(p.ckv) + place[i].page * p.ckv_page_stride +
+                    place[i].row * p.ckv_row_stride + col16 * kVector + first_col;
         }
       }
     }
@@ -141,20 +174,26 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 template <class Cfg>
 ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                      RingPosition<Cfg>& at, int thread) {
+  using Element = CacheElement<Cfg>;
+  constexpr int kVector = 16 / sizeof(Element);
   int const col16 = thread % 8;
   ETAP_ROLLED
-  for (int step = piece.begin * kTileChunks; step < piece.end * kTileChunks; ++step) {
-    int const tile = step / kTileChunks, chunk = step % kTileChunks - 1;
+  for (int step = piece.begin * Cfg::kRingTile; step < piece.end * Cfg::kRingTile; ++step) {
+    int const tile = step / Cfg::kRingTile, chunk = step % Cfg::kRingTile - 1;
+    bool const rope = Cfg::kE4m3 && chunk < 0;  // rows of 64 bytes
     smem.control.empty[at.slot].wait(at.parity ^ 1);
     ETAP_ROLLED
     for (int row = thread / 8; row < min(kTileKeys, piece.len - tile * kTileKeys); row += 16) {
       KeyPlace const place = locate_key(p, piece.request, piece.pages, tile * kTileKeys + row);
-      uint16_t const* from = chunk < 0 ? static_cast<uint16_t const*>(p.kpe) + place.page * p.kpe_page_stride +
-                                             place.row * p.kpe_row_stride
-                                       : static_cast<uint16_t const*>(p.ckv) + place.page * p.ckv_page_stride +
-                                             place.row * p.ckv_row_stride + chunk * kChunkCols;
-      uint16_t* to = reinterpret_cast<uint16_t*>(smem.ring[at.slot] + swizzled(row, col16));
-      for (int i = 0; i < 8; ++i) to[i] = __ldg(from + col16 * 8 + i);
+      Element const* from = chunk < 0 ? static_cast<Element const*>(p.kpe) + place.page * p.kpe_page_stride +
+                                            place.row * p.kpe_row_stride
+                                      : static_cast<Element const*>(p.ckv) + place.page * p.ckv_page_stride +
+                                            place.row * p.ckv_row_stride +
+                                            Cfg::latent_column(chunk, (tile - piece.begin) & 1);
+      if (rope && col16 >= 4) break;
+      Element* to = reinterpret_cast<Element*>(smem.ring[at.slot] +
+                                               (rope ? rope_offset<Cfg>(row, col16) : swizzled(row, col16)));
+      for (int i = 0; i < kVector; ++i) to[i] = __ldg(from + col16 * kVector + i);
     }
     smem.control.full[at.slot].arrive();
     at.advance();

@@ -28,6 +28,8 @@ using cutlass::arch::NamedBarrier;
 enum Barrier : uint32_t {
   kBarrierGroup0 = 0,     // 128 threads of consumer warpgroup 0: its P^T is in shared memory; its statistics
   kBarrierGroup1 = 1,     // 128 threads of consumer warpgroup 1: likewise
+  kBarrierInit = 3,       // 64 threads: the barriers are initialised, for the warp that plans
+  kBarrierStart = 4,      // the other 352 threads: likewise
   kBarrierConsumers = 2,  // 256 threads: Q is in shared memory; O^T halves exchanged; steps of the merge
 };
 
@@ -130,25 +132,28 @@ ETAP_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b) {
                : "memory");
 }
 
-// ---- words shared between CTAs of one launch
+ETAP_DEVICE void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// ---- words shared between CTAs of one launch. No order among them and the rest is asked for (no "memory" clobber: it
+// would have shared memory read again and again).
 ETAP_DEVICE void store_relaxed(float4* p, float4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w));
 }
 ETAP_DEVICE void store_relaxed(float2* p, float2 v) {
-  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v.x), "f"(v.y) : "memory");
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v.x), "f"(v.y));
 }
 ETAP_DEVICE float4 load_relaxed(float4 const* p) {
   float4 v;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "l"(p)
-               : "memory");
+               : "l"(p));
   return v;
 }
 ETAP_DEVICE float2 load_relaxed(float2 const* p) {
   float2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
   return v;
 }
 ETAP_DEVICE bool written(float x) { return __float_as_uint(x) != kUnwritten; }

@@ -37,6 +37,7 @@ struct PieceInfo : Piece {
   int q_len;        // its query tokens
   int first_chunk;  // chunks of this CTA before it, since launch
   int table;        // which RowTarget table it has: its number among the pending pieces, or 2 or 3 in turn
+  float ckv_scale, kpe_scale;  // e4m3 cache alone
 };
 
 // Where an output row goes, in elements; out < 0: not a row of the request.
@@ -46,16 +47,17 @@ struct RowTarget {
 
 template <class Cfg>
 struct alignas(1024) SharedStorage {
-  // A chunk: 64 keys x 64 columns, 128-byte rows, swizzled. Per tile: the rope chunk, then latent chunks 0 to 7.
+  // A chunk: 64 keys x 128 bytes, swizzled. Per tile: the rope chunk, then the latent chunks.
   uint8_t ring[Cfg::kRing][kChunkBytes];
-  // Q: 9 chunks of [row][64 columns], swizzled; the rope chunk last.
-  uint8_t query[kTileChunks][Cfg::kRowTile * 128];
+  // Q: chunks of [row][64 columns], swizzled; rope last.
+  uint8_t query[Cfg::kQueryChunks][Cfg::kRowTile * 128];
   // P^T as [part][row][64 keys], swizzled; two buffers per writer, so that a tile's writers need not wait for the
   // readers of the tile before.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbBytes];
   struct Control {
-    float warp_stat[kConsumerGroups][4][Cfg::kRowTile];  // per warp: tile maximum, or sum
-    float2 group_stat[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units), sum
+    float4 warp_stat[kConsumerGroups][Cfg::kRowTile];  // of each warp of a warpgroup: tile maximum, or sum
+    float reference[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units)
+    float row_scale[Cfg::kE4m3 ? Cfg::kRowTile : 1];   // e4m3: a score's factor to log2 units
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
     EmptyBarrier empty[Cfg::kRing];    // one arrival per warp of the warpgroup that used the chunk last
@@ -63,6 +65,7 @@ struct alignas(1024) SharedStorage {
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
     int next_chunk, num_pending;       // behind the last piece posted
+    uint32_t epoch;                    // of the workspace
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
@@ -75,9 +78,8 @@ ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
 ETAP_DEVICE int query_len(MlaDecodeParams const& p, int request) {
   return p.cu_seqlens_q ? p.cu_seqlens_q[request + 1] - p.cu_seqlens_q[request] : p.q_len;
 }
-ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) {
-  return min(max(p.cache_seqlens[request], 0), p.capacity);
-}
+ETAP_DEVICE int clamped_len(MlaDecodeParams const& p, int cache_seqlen) { return min(max(cache_seqlen, 0), p.capacity); }
+ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) { return clamped_len(p, p.cache_seqlens[request]); }
 
 // A request's row of the page table. Meaningless where there is none.
 ETAP_DEVICE int const* page_row(MlaDecodeParams const& p, int request) {
@@ -90,11 +92,20 @@ ETAP_DEVICE int64_t row_offset(MlaDecodeParams const& p, RowStrides const& s, in
   return request * s.batch + (token0 + token) * s.token + (row - token * p.num_heads) * s.head;
 }
 
+// What the sum of P V is multiplied by.
+template <class Cfg>
+ETAP_DEVICE float value_scale(PieceInfo const& piece) {
+  return Cfg::kE4m3 ? piece.ckv_scale : 1.0f;
+}
+
+template <class Cfg>
+ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int cache_seqlen, int query_len) {
+  return {(clamped_len(p, cache_seqlen) + kTileKeys - 1) / kTileKeys,
+          (query_len * p.num_heads + Cfg::kRowTile - 1) / Cfg::kRowTile};
+}
 template <class Cfg>
 ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int request) {
-  constexpr int kRowTile = Cfg::kRowTile;
-  return {(cache_len(p, request) + kTileKeys - 1) / kTileKeys,
-          (query_len(p, request) * p.num_heads + kRowTile - 1) / kRowTile};
+  return request_work<Cfg>(p, p.cache_seqlens[request], query_len(p, request));
 }
 
 }  // namespace etap

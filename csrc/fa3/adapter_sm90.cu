@@ -19,12 +19,13 @@ namespace {
 enum Mode { kAuto, kAlways, kNever, kNumModes };
 constexpr char const* kModes[kNumModes] = {"auto", "always", "never"};
 constexpr int kUnread = -2, kInvalid = -1;  // of the mode: ETAP_FA3 was not looked at yet, or means nothing
-constexpr int kDefaultMaxRows = 32;         // beyond, the kernel reads the cache more than once
+constexpr int kDefaultMaxRows = 64;
 constexpr int kDefaultPParts = 0;           // as the GPU's default is
 
 std::atomic<int> g_mode{kUnread};
 std::atomic<int> g_max_rows{kDefaultMaxRows};
 std::atomic<int> g_p_parts{kDefaultPParts};
+std::atomic<int> g_only_where_faster{1};
 std::atomic<uint64_t> g_counts[kNumReasons];
 thread_local Reason t_last_reason = Reason::kTaken;
 
@@ -65,7 +66,11 @@ bool accept(Call const& call) {
     char const* const value = std::getenv("ETAP_FA3");
     throw std::runtime_error(std::string("ETAP_FA3=") + (value ? value : "") + ": expected auto, always or never");
   }
-  Reason const reason = mode == kNever ? Reason::kSwitchedOff : judge(call, g_max_rows.load(std::memory_order_relaxed));
+  Reason reason = mode == kNever ? Reason::kSwitchedOff : judge(call, g_max_rows.load(std::memory_order_relaxed));
+  if (reason == Reason::kTaken && mode == kAuto && g_only_where_faster.load(std::memory_order_relaxed) &&
+      upstream_is_faster(call.params)) {
+    reason = Reason::kSlower;
+  }
   note(reason);
   if (reason == Reason::kTaken) return true;
   if (mode == kAlways && reason != Reason::kEmpty) {
@@ -82,9 +87,7 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
   config.num_ctas = std::min(call.num_sm, kMaxCtas);
-  void* workspace = nullptr;
-  check(acquire_workspace(device, stream, workspace_bytes(config), &workspace), "workspace");
-  set_workspace(params, config, workspace);
+  check(acquire_workspace(device, stream, config, &params.workspace), "workspace");
   check(launch_mla_decode(params, config, stream), "launch");
 }
 
@@ -108,6 +111,11 @@ ETAP_EXPORT int etap_fa3_set_mode(int mode) {
 // Most query rows (tokens x heads) of a call that ETAP takes. Returns the previous limit, or -1 for a negative one.
 ETAP_EXPORT int etap_fa3_set_max_rows(int rows) {
   return rows < 0 ? -1 : etap::fa3::g_max_rows.exchange(rows, std::memory_order_relaxed);
+}
+
+// Whether "auto" leaves to upstream what that was measured faster at (1, default) or not (0). Returns what held before.
+ETAP_EXPORT int etap_fa3_set_only_where_faster(int on) {
+  return etap::fa3::g_only_where_faster.exchange(on != 0, std::memory_order_relaxed);
 }
 
 // 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20. Returns the previous number, or

@@ -35,6 +35,7 @@ enum class Reason {
   kScale,
   kAlignment,
   kSmMargin,
+  kSlower,
 };
 
 constexpr char const* kReasons[] = {
@@ -61,9 +62,10 @@ constexpr char const* kReasons[] = {
     "softmax_scale: not positive",
     "q, qv or out: rows are not 16-byte aligned",
     "sm_margin: leaves no SM",
+    "upstream is faster: more than 32 rows, or more than 16 and at most 4 requests",
 };
 constexpr int kNumReasons = sizeof(kReasons) / sizeof(kReasons[0]);
-static_assert(kNumReasons == static_cast<int>(Reason::kSmMargin) + 1);
+static_assert(kNumReasons == static_cast<int>(Reason::kSlower) + 1);
 
 struct Call {
   // what only the decision needs
@@ -86,6 +88,12 @@ inline bool rows_aligned(void const* data, RowStrides const& stride, MlaDecodePa
   bool const one_token = (ragged ? total_q : p.q_len) <= 1;
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (ragged || p.batch <= 1 || stride.batch % 8 == 0) &&
          (one_token || stride.token % 8 == 0) && (p.num_heads <= 1 || stride.head % 8 == 0);
+}
+
+// Measured: etap_integration/dispatch/decision.py has the same rules, with figures.
+inline bool upstream_is_faster(MlaDecodeParams const& p) {
+  int64_t const rows = int64_t(p.num_heads) * p.q_len;
+  return rows > 32 || (rows > 16 && p.batch <= 4);
 }
 
 // kTaken if ETAP can run the call, else why not. max_rows: the most query rows (tokens x heads) per request.
@@ -125,7 +133,7 @@ inline Reason judge(Call const& c, int max_rows) {
 
 // Counts a call without qv; nothing else is done with it.
 void note_not_mla();
-// Whether ETAP takes the call, as the switch and judge() say; counts the reason. Throws std::runtime_error where the
+// Whether ETAP takes the call, as the switch, judge() and, for "auto", upstream_is_faster() say; counts the reason. Throws std::runtime_error where the
 // switch is "always" and ETAP cannot run the call, or where ETAP_FA3 has a value that means nothing.
 bool accept(Call const& call);
 // Enqueues an accepted call. Throws std::runtime_error if CUDA reports an error.

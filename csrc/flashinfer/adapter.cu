@@ -55,12 +55,11 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   params.page_divmod = cutlass::FastDivmod(params.page_size);
   LaunchConfig config{};
   config.dtype = call.q == Element::kBf16 ? Dtype::kBf16 : Dtype::kFp16;
+  config.cache = call.ckv == Element::kE4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
   config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
   config.num_ctas = static_cast<int>(std::min<int64_t>(call.num_sm, kMaxCtas));
-  void* workspace = nullptr;
-  check(acquire_workspace(device, stream, workspace_bytes(config), &workspace), "workspace");
-  set_workspace(params, config, workspace);
+  check(acquire_workspace(device, stream, config, &params.workspace), "workspace");
   check(launch_mla_decode(params, config, stream), "launch");
 }
 

@@ -25,6 +25,7 @@ enum class Reason {
   kShape,
   kColumns,
   kScale,
+  kCacheScales,
   kAlignment,
   kNoSm,
 };
@@ -34,7 +35,7 @@ constexpr char const* kReasons[] = {
     "nothing to compute: no query",
     "switched off",
     "profiler: the module was built to profile upstream's kernel",
-    "dtype: not one of bfloat16 and float16 for query, cache and output alike",
+    "dtype: query and output not bfloat16 or float16 alike, or the cache neither theirs nor e4m3",
     "head dimensions: not 512 (ckv) and 64 (kpe)",
     "rows: num_heads x the longest query above the limit",
     "mask mode: neither none nor causal",
@@ -43,17 +44,18 @@ constexpr char const* kReasons[] = {
     "caches: not (pages, page_size, columns) alike, with the planned page size",
     "a tensor's last dimension is not contiguous",
     "sm_scale: not positive",
+    "ckv_scale_arr: scales per token",
     "q_nope, q_pe or out: rows are not 16-byte aligned",
     "plan: no SM",
 };
 constexpr int kNumReasons = sizeof(kReasons) / sizeof(kReasons[0]);
 static_assert(kNumReasons == static_cast<int>(Reason::kNoSm) + 1);
 
-enum class Element { kOther, kBf16, kFp16, kInt32, kFloat32 };
+enum class Element { kOther, kBf16, kFp16, kE4m3, kInt32 };
 
 struct Call {
   // what only the decision needs
-  bool profiles, planned, shapes_ok, columns_ok;
+  bool profiles, planned, shapes_ok, columns_ok, scales_per_token;
   Element q, q_pe, ckv, kpe, out, index;
   int64_t head_dim_ckv, head_dim_kpe, total_q;
   int64_t mask_mode;
@@ -76,8 +78,8 @@ inline Reason judge(Call const& c, int max_rows) {
   MlaDecodeParams const& p = c.params;
   if (c.total_q <= 0 || p.num_heads <= 0) return Reason::kEmpty;
   if (c.profiles) return Reason::kProfiler;
-  if ((c.q != Element::kBf16 && c.q != Element::kFp16) || c.q_pe != c.q || c.ckv != c.q || c.kpe != c.q ||
-      c.out != c.q) {
+  if ((c.q != Element::kBf16 && c.q != Element::kFp16) || c.q_pe != c.q || c.out != c.q || c.kpe != c.ckv ||
+      (c.ckv != c.q && c.ckv != Element::kE4m3)) {
     return Reason::kDtype;
   }
   if (c.head_dim_ckv != kLatentDim || c.head_dim_kpe != kRopeDim) return Reason::kHeadDims;
@@ -89,6 +91,7 @@ inline Reason judge(Call const& c, int max_rows) {
   if (!c.shapes_ok || p.num_pages <= 0 || p.page_size <= 0) return Reason::kShape;
   if (!c.columns_ok) return Reason::kColumns;
   if (!(c.sm_scale > 0.0)) return Reason::kScale;  // 0 or less would turn a mask's -inf into NaN or +inf
+  if (c.scales_per_token) return Reason::kCacheScales;
   if (!rows_aligned(p.q_nope, p.q_nope_stride, p.num_heads, c.total_q) ||
       !rows_aligned(p.q_rope, p.q_rope_stride, p.num_heads, c.total_q) ||
       !rows_aligned(p.out, p.out_stride, p.num_heads, c.total_q)) {

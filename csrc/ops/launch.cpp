@@ -24,12 +24,20 @@ ETAP_DECLARE(bf16, 32)
 ETAP_DECLARE(fp16, 8)
 ETAP_DECLARE(fp16, 16)
 ETAP_DECLARE(fp16, 32)
+ETAP_DECLARE(bf16_e4m3, 8)
+ETAP_DECLARE(bf16_e4m3, 16)
+ETAP_DECLARE(bf16_e4m3, 32)
+ETAP_DECLARE(fp16_e4m3, 8)
+ETAP_DECLARE(fp16_e4m3, 16)
+ETAP_DECLARE(fp16_e4m3, 32)
 #undef ETAP_DECLARE
 
 namespace {
 
-constexpr Launcher kLaunchers[2][3] = {{launch_bf16_8, launch_bf16_16, launch_bf16_32},
-                                       {launch_fp16_8, launch_fp16_16, launch_fp16_32}};
+constexpr Launcher kLaunchers[2][2][3] = {  // [cache][query][row tile]
+    {{launch_bf16_8, launch_bf16_16, launch_bf16_32}, {launch_fp16_8, launch_fp16_16, launch_fp16_32}},
+    {{launch_bf16_e4m3_8, launch_bf16_e4m3_16, launch_bf16_e4m3_32},
+     {launch_fp16_e4m3_8, launch_fp16_e4m3_16, launch_fp16_e4m3_32}}};
 
 // The driver's encoder, looked up once, so that nothing links against the driver.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
@@ -44,47 +52,53 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// (columns, rows of a page, pages), in boxes of 64 columns x box_rows rows.
-cudaError_t encode_cache(CUtensorMap* map, Dtype dtype, void const* base, int columns, MlaDecodeParams const& p,
-                         int64_t page_stride, int64_t row_stride) {
+int element_bytes(LaunchConfig const& config) { return config.cache == CacheFormat::kE4m3 ? 1 : 2; }
+
+// (columns, rows of a page, pages), in boxes of 128 bytes, or all columns where they are less, x box_rows rows.
+cudaError_t encode_cache(CUtensorMap* map, LaunchConfig const& config, void const* base, int columns,
+                         MlaDecodeParams const& p, int64_t page_stride, int64_t row_stride) {
+  int const bytes = element_bytes(config), box_cols = std::min(columns, 128 / bytes);
   auto const encode = tensor_map_encoder();
   if (!encode) return cudaErrorNotSupported;
   cuuint64_t const dims[3] = {cuuint64_t(columns), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)};
   // A dimension of one element may have any stride; TMA wants a plausible one.
-  cuuint64_t const row_bytes = p.page_size > 1 ? cuuint64_t(row_stride) * 2 : 1024;
-  cuuint64_t const page_bytes = p.num_pages > 1 ? cuuint64_t(page_stride) * 2 : std::max<cuuint64_t>(row_bytes, 1024);
+  cuuint64_t const row_bytes = p.page_size > 1 ? cuuint64_t(row_stride) * bytes : 1024;
+  cuuint64_t const page_bytes = p.num_pages > 1 ? cuuint64_t(page_stride) * bytes : std::max<cuuint64_t>(row_bytes, 1024);
   cuuint64_t const strides[2] = {row_bytes, page_bytes};
-  cuuint32_t const box[3] = {kChunkCols, cuuint32_t(p.box_rows), 1}, unit[3] = {1, 1, 1};
-  CUresult const result = encode(
-      map, dtype == Dtype::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-      const_cast<void*>(base), dims, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint32_t const box[3] = {cuuint32_t(box_cols), cuuint32_t(p.box_rows), 1}, unit[3] = {1, 1, 1};
+  CUtensorMapDataType const type = bytes == 1                      ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : config.dtype == Dtype::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  CUresult const result = encode(map, type, 3, const_cast<void*>(base), dims, strides, box, unit,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 box_cols * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaDecodeParams const& p) {
-  auto const fits = [](int64_t stride) { return stride % 8 == 0 && stride >= 0 && stride < (int64_t(1) << 39); };
+bool tma_strides(void const* base, int64_t row_stride, int64_t page_stride, MlaDecodeParams const& p, int bytes) {
+  auto const fits = [bytes](int64_t stride) {
+    return stride * bytes % 16 == 0 && stride >= 0 && stride < (int64_t(1) << 40) / bytes;
+  };
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && (p.page_size == 1 || fits(row_stride)) &&
          (p.num_pages == 1 || fits(page_stride));
 }
 
-cudaError_t resolve_p_parts(int given, int* p_parts) {
-  *p_parts = given;
-  if (given != 0) return cudaSuccess;
+cudaError_t resolve_p_parts(LaunchConfig const& config, int* p_parts) {
+  *p_parts = config.p_parts;
+  if (config.p_parts != 0) return cudaSuccess;
   int device = 0, sms = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) *p_parts = default_p_parts(sms);
+  if (status == cudaSuccess) *p_parts = default_p_parts(config.cache, sms);
   return status;
 }
 
-size_t partial_floats(LaunchConfig const& config) { return 2 * size_t(config.num_ctas) * config.row_tile * kLatentDim; }
-
 }  // namespace
 
-int tma_box_rows(MlaDecodeParams const& p) {
-  if (!tma_strides(p.ckv, p.ckv_row_stride, p.ckv_page_stride, p) ||
-      !tma_strides(p.kpe, p.kpe_row_stride, p.kpe_page_stride, p)) {
+int tma_box_rows(MlaDecodeParams const& p, int element_bytes) {
+  if (!tma_strides(p.ckv, p.ckv_row_stride, p.ckv_page_stride, p, element_bytes) ||
+      !tma_strides(p.kpe, p.kpe_row_stride, p.kpe_page_stride, p, element_bytes)) {
     return 0;
   }
   if (!p.page_table) return kTileKeys;  // tiles start at multiples of 64 of the one page; its end is TMA's to mask
@@ -92,41 +106,32 @@ int tma_box_rows(MlaDecodeParams const& p) {
   return rows >= 8 ? rows : 0;
 }
 
-size_t workspace_bytes(LaunchConfig const& config) {
-  size_t const stats = 2 * size_t(config.num_ctas) * config.row_tile * 2;
-  return kMergeCountBytes + (partial_floats(config) + stats) * sizeof(float);
-}
-
-void set_workspace(MlaDecodeParams& params, LaunchConfig const& config, void* workspace) {
-  params.merge_count = static_cast<int*>(workspace);
-  params.partial_out = reinterpret_cast<float*>(static_cast<char*>(workspace) + kMergeCountBytes);
-  params.partial_stats = params.partial_out + partial_floats(config);
-}
-
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {
   params.heads_divmod = cutlass::FastDivmod(params.num_heads);
   params.page_divmod = cutlass::FastDivmod(params.page_size);
-  params.box_rows = tma_box_rows(params);
-  auto const aligned = [](void const* base, int64_t row, int64_t page) {
-    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row % 8 == 0 && page % 8 == 0;
+  int const bytes = element_bytes(config);
+  params.box_rows = tma_box_rows(params, bytes);
+  auto const aligned = [bytes](void const* base, int64_t row, int64_t page) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && row * bytes % 16 == 0 && page * bytes % 16 == 0;
   };
   params.gather_16b = aligned(params.ckv, params.ckv_row_stride, params.ckv_page_stride) &&
                       aligned(params.kpe, params.kpe_row_stride, params.kpe_page_stride);
   int p_parts = 0;
-  cudaError_t status = resolve_p_parts(config.p_parts, &p_parts);
+  cudaError_t status = resolve_p_parts(config, &p_parts);
   if (status != cudaSuccess) return status;
   CUtensorMap ckv_map{}, kpe_map{};
   if (params.box_rows) {
-    status = encode_cache(&ckv_map, config.dtype, params.ckv, kLatentDim, params, params.ckv_page_stride,
-                                      params.ckv_row_stride);
+    status = encode_cache(&ckv_map, config, params.ckv, kLatentDim, params, params.ckv_page_stride,
+                          params.ckv_row_stride);
     if (status == cudaSuccess) {
-      status = encode_cache(&kpe_map, config.dtype, params.kpe, kRopeDim, params, params.kpe_page_stride,
+      status = encode_cache(&kpe_map, config, params.kpe, kRopeDim, params, params.kpe_page_stride,
                             params.kpe_row_stride);
     }
     if (status != cudaSuccess) return status;
   }
   int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : 2;
-  return kLaunchers[config.dtype == Dtype::kFp16][index](p_parts, params, ckv_map, kpe_map, config.num_ctas, stream);
+  auto const launch = kLaunchers[config.cache == CacheFormat::kE4m3][config.dtype == Dtype::kFp16][index];
+  return launch(p_parts, params, ckv_map, kpe_map, config.num_ctas, stream);
 }
 
 }  // namespace etap

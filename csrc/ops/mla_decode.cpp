@@ -33,8 +33,8 @@ void check_cache(char const* name, at::Tensor const& t, int64_t width, at::Tenso
   bool const one_head = t.dim() == 4 && t.size(2) == 1;  // as the upstream interfaces have it
   TORCH_CHECK((t.dim() == 3 || one_head) && t.size(-1) == width, name, " must be (pages, page_size, ", width,
               ") or (pages, page_size, 1, ", width, "), got ", t.sizes());
-  TORCH_CHECK(t.scalar_type() == q.scalar_type(), name, " must have q_nope's dtype ", q.scalar_type(), ", got ",
-              t.scalar_type());
+  TORCH_CHECK(t.scalar_type() == q.scalar_type() || t.scalar_type() == at::kFloat8_e4m3fn, name,
+              " must have q_nope's dtype ", q.scalar_type(), " or be float8_e4m3fn, got ", t.scalar_type());
   TORCH_CHECK(t.stride(-1) == 1, name, " must be contiguous in its last dimension, got strides ", t.strides());
   TORCH_CHECK(t.device() == q.device(), name, " must be on ", q.device(), ", got ", t.device());
 }
@@ -48,11 +48,25 @@ int const* int32_data(char const* name, std::optional<at::Tensor> const& t, at::
   return t->const_data_ptr<int>();
 }
 
+// The device's copy of a scale: one for all requests, or one for each.
+float const* scale_data(char const* name, std::optional<at::Tensor> const& t, at::Tensor const& q, int64_t batch,
+                        int64_t* stride) {
+  *stride = 0;
+  if (!t || t->numel() == 0) return nullptr;
+  TORCH_CHECK(t->scalar_type() == at::kFloat && t->device() == q.device(), name, " must be float32 on ", q.device(),
+              ", got ", t->scalar_type(), " on ", t->device());
+  TORCH_CHECK(t->numel() == 1 || (t->dim() == 1 && t->size(0) == batch), name, " must have 1 element or one per request (",
+              batch, "), got ", t->sizes());
+  if (t->numel() > 1) *stride = t->stride(0);
+  return t->const_data_ptr<float>();
+}
+
 void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor const& ckv_cache,
                 at::Tensor const& kpe_cache, std::optional<at::Tensor> const& page_table,
                 at::Tensor const& cache_seqlens, std::optional<at::Tensor> const& cu_seqlens_q, int64_t max_seqlen_q,
                 double softmax_scale, bool causal, at::Tensor& out, std::optional<at::Tensor> lse, int64_t num_ctas,
-                int64_t p_parts, std::optional<at::Tensor> const& cache_batch_idx) {
+                int64_t p_parts, std::optional<at::Tensor> const& ckv_scale, std::optional<at::Tensor> const& kpe_scale,
+                double ckv_scale_value, double kpe_scale_value, std::optional<at::Tensor> const& cache_batch_idx) {
   bool const ragged = cu_seqlens_q.has_value();
   TORCH_CHECK(q_nope.is_cuda(), "q_nope must be a CUDA tensor, got ", q_nope.device());
   TORCH_CHECK(q_nope.scalar_type() == at::kBFloat16 || q_nope.scalar_type() == at::kHalf,
@@ -69,6 +83,11 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   TORCH_CHECK(ckv_cache.size(0) == kpe_cache.size(0) && ckv_cache.size(1) == kpe_cache.size(1),
               "ckv_cache and kpe_cache must agree in pages and page size, got ", ckv_cache.sizes(), " and ",
               kpe_cache.sizes());
+  TORCH_CHECK(ckv_cache.scalar_type() == kpe_cache.scalar_type(), "ckv_cache and kpe_cache must have the same dtype, got ",
+              ckv_cache.scalar_type(), " and ", kpe_cache.scalar_type());
+  bool const e4m3 = ckv_cache.scalar_type() == at::kFloat8_e4m3fn;
+  TORCH_CHECK(e4m3 || (!ckv_scale && !kpe_scale && ckv_scale_value == 1.0 && kpe_scale_value == 1.0),
+              "ckv_scale and kpe_scale are for a float8_e4m3fn cache, got ", ckv_cache.scalar_type());
   TORCH_CHECK(out.sizes() == q_nope.sizes() && out.device() == q_nope.device() &&
                   (out.scalar_type() == q_nope.scalar_type() || out.scalar_type() == at::kFloat) && rows_aligned(out),
               "out must have q_nope's shape and device, its dtype or float32, and 16-byte aligned rows");
@@ -141,16 +160,19 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
                                : RowStrides{lse->stride(0), lse->stride(2), lse->stride(1)};
   }
   params.lse_unit = static_cast<float>(M_LN2);
+  params.ckv_scale = static_cast<float>(ckv_scale_value);
+  params.kpe_scale = static_cast<float>(kpe_scale_value);
+  params.ckv_scale_data = scale_data("ckv_scale", ckv_scale, q_nope, params.batch, &params.ckv_scale_stride);
+  params.kpe_scale_data = scale_data("kpe_scale", kpe_scale, q_nope, params.batch, &params.kpe_scale_stride);
 
   LaunchConfig config;
   config.dtype = q_nope.scalar_type() == at::kBFloat16 ? Dtype::kBf16 : Dtype::kFp16;
+  config.cache = e4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
   config.row_tile = row_tile_for(max_seqlen_q * params.num_heads);
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
   config.num_ctas = num_ctas == 0 ? sms : static_cast<int>(std::min<int64_t>(num_ctas, sms));
-  void* workspace = nullptr;
-  C10_CUDA_CHECK(acquire_workspace(q_nope.get_device(), stream, workspace_bytes(config), &workspace));
-  set_workspace(params, config, workspace);
+  C10_CUDA_CHECK(acquire_workspace(q_nope.get_device(), stream, config, &params.workspace));
   C10_CUDA_CHECK(launch_mla_decode(params, config, stream));
 }
 
@@ -161,7 +183,8 @@ TORCH_LIBRARY_FRAGMENT(etap, m) {
   m.def(
       "mla_decode(Tensor q_nope, Tensor q_rope, Tensor ckv_cache, Tensor kpe_cache, Tensor? page_table, "
       "Tensor cache_seqlens, Tensor? cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, "
-      "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts, Tensor? cache_batch_idx=None) -> ()");
+      "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts, Tensor? ckv_scale=None, "
+      "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1., Tensor? cache_batch_idx=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(etap, CUDA, m) { m.impl("mla_decode", &etap::mla_decode); }

@@ -4,27 +4,29 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 #include <vector>
-
-#include "etap/launch.h"
 
 namespace etap {
 namespace {
 
-using CaptureKey = std::tuple<int, cudaStream_t, unsigned long long>;  // device, stream, capture
+using StreamKey = std::tuple<int, cudaStream_t, int, int>;  // device, stream, num_ctas, row_tile
+using CaptureKey = std::pair<StreamKey, unsigned long long>;  // and the capture
 
 struct Buffer {
-  int device = -1;
-  size_t bytes = 0;
+  int device = -1, num_ctas = 0, row_tile = 0;
   void* data = nullptr;
+
+  bool serves(StreamKey const& key) const {
+    return device == std::get<0>(key) && num_ctas == std::get<2>(key) && row_tile == std::get<3>(key);
+  }
 };
 
 struct Pool {
   std::mutex mutex;
-  std::map<std::pair<int, cudaStream_t>, Buffer> of_stream;
+  std::map<StreamKey, Buffer> of_stream;  // never freed: launches in flight may use them
   std::map<CaptureKey, Buffer> of_capture;
-  std::vector<Buffer> idle;      // initialised, from graphs that are gone
-  std::vector<Buffer> outgrown;  // launches in flight may still use them; never freed (at most one per row tile)
+  std::vector<Buffer> idle;  // from graphs that are gone
 
   static Pool& instance() {
     static Pool* const pool = new Pool;  // never destroyed: graphs may outlive static objects
@@ -48,14 +50,18 @@ struct GraphHold {
   }
 };
 
-cudaError_t allocate(int device, size_t bytes, cudaStream_t stream, Buffer* buffer) {
-  *buffer = {device, bytes, nullptr};
-  cudaError_t status = cudaMalloc(&buffer->data, bytes);
-  if (status == cudaSuccess) status = cudaMemsetAsync(buffer->data, 0, kMergeCountBytes, stream);
+cudaError_t allocate(StreamKey const& key, cudaStream_t stream, Buffer* buffer) {
+  auto const [device, unused, num_ctas, row_tile] = key;
+  size_t const bytes = workspace_bytes(num_ctas, row_tile);
+  Buffer made{device, num_ctas, row_tile, nullptr};
+  cudaError_t status = cudaMalloc(&made.data, bytes);
+  if (status != cudaSuccess) return status;
+  status = cudaMemsetAsync(made.data, 0, kWorkspaceHeaderBytes, stream);
   if (status == cudaSuccess) {
-    char* const words = static_cast<char*>(buffer->data) + kMergeCountBytes;
-    status = cudaMemsetAsync(words, 0xff, bytes - kMergeCountBytes, stream);
+    char* const words = static_cast<char*>(made.data) + kWorkspaceHeaderBytes;
+    status = cudaMemsetAsync(words, 0xff, bytes - kWorkspaceHeaderBytes, stream);
   }
+  if (status == cudaSuccess) *buffer = made;
   return status;
 }
 
@@ -66,33 +72,34 @@ struct RelaxedCapture {
   ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
 };
 
-cudaError_t take_for_graph(Pool& pool, CaptureKey const& key, size_t bytes, cudaGraph_t graph, Buffer* buffer) {
-  int const device = std::get<0>(key);
-  auto const found = std::find_if(pool.idle.begin(), pool.idle.end(),
-                                  [&](Buffer const& b) { return b.device == device && b.bytes >= bytes; });
+cudaError_t take_for_graph(Pool& pool, CaptureKey const& key, cudaGraph_t graph, Buffer* held) {
+  auto const found =
+      std::find_if(pool.idle.begin(), pool.idle.end(), [&](Buffer const& b) { return b.serves(key.first); });
   cudaError_t status = cudaSuccess;
+  Buffer buffer;
   if (found != pool.idle.end()) {
-    *buffer = *found;
+    buffer = *found;
     pool.idle.erase(found);
   } else {
     RelaxedCapture const relaxed;
     cudaStream_t side = nullptr;  // initialises now, not in each replay
     status = cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking);
-    if (status == cudaSuccess) status = allocate(device, bytes, side, buffer);
+    if (status == cudaSuccess) status = allocate(key.first, side, &buffer);
     if (status == cudaSuccess) status = cudaStreamSynchronize(side);
     if (side) cudaStreamDestroy(side);
     if (status != cudaSuccess) return status;
   }
   cudaUserObject_t object = nullptr;
-  status = cudaUserObjectCreate(&object, new GraphHold{key, *buffer}, GraphHold::release, 1,
+  status = cudaUserObjectCreate(&object, new GraphHold{key, buffer}, GraphHold::release, 1,
                                 cudaUserObjectNoDestructorSync);
   if (status == cudaSuccess) status = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+  if (status == cudaSuccess) *held = buffer;
   return status;
 }
 
 }  // namespace
 
-cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, void** workspace) {
+cudaError_t acquire_workspace(int device, cudaStream_t stream, LaunchConfig const& config, void** workspace) {
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   cudaGraph_t graph = nullptr;
@@ -104,21 +111,16 @@ cudaError_t acquire_workspace(int device, cudaStream_t stream, size_t bytes, voi
   if (status != cudaSuccess) return status;
   Pool& pool = Pool::instance();
   std::lock_guard<std::mutex> const lock(pool.mutex);
+  StreamKey const stream_key(device, stream, config.num_ctas, config.row_tile);
   if (capturing == cudaStreamCaptureStatusActive) {
-    CaptureKey const key(device, stream, id);  // branches of one graph may overlap: a workspace each
+    CaptureKey const key(stream_key, id);  // branches of one graph may overlap: a workspace each
     Buffer& held = pool.of_capture[key];
-    if (held.bytes < bytes) status = take_for_graph(pool, key, bytes, graph, &held);
+    if (!held.data) status = take_for_graph(pool, key, graph, &held);
     *workspace = held.data;
     return status;
   }
-  Buffer& own = pool.of_stream[{device, stream}];
-  if (own.bytes < bytes) {
-    Buffer larger;
-    status = allocate(device, bytes, stream, &larger);
-    if (status != cudaSuccess) return status;
-    if (own.data) pool.outgrown.push_back(own);
-    own = larger;
-  }
+  Buffer& own = pool.of_stream[stream_key];
+  if (!own.data) status = allocate(stream_key, stream, &own);
   *workspace = own.data;
   return status;
 }

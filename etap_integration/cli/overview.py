@@ -179,10 +179,9 @@ def _show_build(found: dict[str, Any]) -> None:
     else:
         for c in work["configurations"]:
             s, o = c["wgmma_n"]
-            out.print(
-                f"up to {c['row_tile']:2} rows, P in {c['p_parts']}: wgmma m64n{s}k16 for S^T, m64n{o}k16 for O^T, "
-                f"{c['ring_chunks']} ring chunks, {c['smem_bytes']} B of shared memory", markup=False,
-            )  # fmt: skip
+            line = f"{c['cache']} cache, up to {c['row_tile']:2} rows, P in {c['p_parts']}: wgmma m64n{s}k16 for S^T, "
+            line += f"m64n{o}k16 for O^T, {c['ring_chunks']} ring chunks, {c['smem_bytes']} B of shared memory"
+            out.print(line, markup=False)
         e = work["example"]
         out.print(f"16 requests of 64K keys on 132 SMs: {e['ctas']} CTAs of {e['tiles'][0]} to {e['tiles'][1]} tiles")
     for name, patch in found["patches"].items():

@@ -282,20 +282,26 @@ def _reason(call: Call, limits: Limits) -> str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """A region where upstream is faster: `upstream_wins(rows, batch, length_bound, sms)`."""
+    """A region where upstream is faster: `upstream_wins(rows, batch, length_bound, sms)`.
+
+    rows_only: it does not look at the rest.
+    """
 
     reason: str
     upstream_wins: Callable[[int, int, int, int], bool]
+    rows_only: bool = False
 
 
 # What measurements of the operator against an unpatched upstream found, one rule a region; then the cost model, which
 # its tests hold against measurements.
 MEASURED_RULES: tuple[Rule, ...] = (
-    # The kernel reads the cache once for every 32 rows: 15% slower than FlashAttention-3 at 64 rows and 4K keys. Not so
-    # on an H20, where the tensor cores are the limit.
+    # The kernel reads the cache once for every 32 rows: 15% slower than FlashAttention-3 at 64 rows and 4K keys.
+    Rule("more than 32 query rows: upstream is faster", lambda rows, batch, length, sms: rows > 32, rows_only=True),
+    # Up to 20% slower at 8K keys, up to 18% faster at 512, of which the host knows a bound alone. csrc/fa3/call.h has
+    # the same two rules.
     Rule(
-        "more than 32 query rows: upstream is faster",
-        lambda rows, batch, length, sms: rows > 32 and sms != costmodel.GPUS["h20"].sms,
+        "more than 16 query rows, at most 4 requests: upstream is faster",
+        lambda rows, batch, length, sms: rows > 16 and batch <= 4,
     ),
     Rule("the cost model expects upstream to be faster", costmodel.upstream_wins),
 )
@@ -307,6 +313,17 @@ def slower(rows: int, batch: int, length_bound: int, sms: int, rules: tuple[Rule
         if rule.upstream_wins(rows, batch, length_bound, sms):
             return rule.reason
     return None
+
+
+def refused_by_query(call: Call, limits: Limits) -> bool:
+    """Whether keywords and the shape of q are enough for upstream to get a call that it gets."""
+    if keyword_reason(call) is not None:
+        return True
+    q, qv = call.q_rope, call.q_nope
+    if not isinstance(q, Tensor) or not isinstance(qv, Tensor) or _query_reason(call, q.device) is not None:
+        return False
+    by_rows = (rule for rule in MEASURED_RULES if rule.rows_only and limits.only_where_faster)
+    return call.rows > limits.max_rows or any(rule.upstream_wins(call.rows, 0, 0, 0) for rule in by_rows)
 
 
 def choose(call: Call, rules: tuple[Rule, ...] | None = None) -> tuple[bool, str]:

@@ -68,7 +68,7 @@ class Form:
         self._plain = itemgetter(*others, -1, -1)  # at least two, for it to return a tuple
         self._max_seqlen_k = place.get("max_seqlen_k", -1)
         self._known: dict[tuple[Any, ...], Facts] = {}
-        self._refused: dict[tuple[Any, ...], Facts] = {}  # whatever the tensors
+        self._refused: dict[tuple[Any, ...], Facts] = {}  # by q's shape alone, whatever the tensors
         self._index_keys: dict[tuple[Any, ...], int] = {}
         self._last_index: tuple[Any, ...] = (_nothing, _nothing, _nothing, _nothing, self._number(()))
 
@@ -81,7 +81,7 @@ class Form:
         attention = self._attention(values)
         try:
             plain = self._plain(values)
-            if (facts := self._refused.get(plain)) is not None:
+            if (facts := self._refused.get((attention[0].shape, plain))) is not None:
                 return facts
             facts = self._known.get((attention_key(*attention), self._index_number(values), plain))
         except (AttributeError, TypeError):  # a number in a tensor's place, a value that cannot be hashed
@@ -109,10 +109,10 @@ class Form:
         given = values[self._max_seqlen_k]
         return min(given, facts.capacity) if type(given) is int else facts.capacity
 
-    def remember(self, values: Sequence[Any], facts: Facts, by_values: bool) -> None:
+    def remember(self, values: Sequence[Any], facts: Facts, by_query: bool) -> None:
         """Keeps `facts` for calls like this one, unless it is of a kind that cannot be told by its key.
 
-        by_values: they hold at other tensors too.
+        by_query: they hold at other tensors too, if q's shape is the same.
         """
         tensors, plain = self.tensors(values), self._plain(values)
         if not all(map(_is_plain, plain)):
@@ -120,8 +120,8 @@ class Form:
         if max(len(self._known), len(self._refused), len(self._index_keys)) >= self.CAPACITY:
             self._known, self._refused, self._index_keys = {}, {}, {}
             self._last_index = (_nothing, _nothing, _nothing, _nothing, self._number(()))
-        if by_values:
-            self._refused[plain] = facts
+        if by_query and isinstance(tensors[0], Tensor):
+            self._refused[tensors[0].shape, plain] = facts
             return
         if not all(isinstance(x, Tensor) or (x is None and i >= 4) for i, x in enumerate(tensors)):
             return
@@ -152,10 +152,8 @@ class Repeats:
         """The form of such a call, where there is one that was remembered."""
         return self._forms.get((len(args), tuple(kwargs)))
 
-    def remember(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts, by_values: bool
-    ) -> None:
-        """Keeps `facts` for calls like this one. by_values: they hold at other tensors too."""
+    def remember(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts, by_query: bool) -> None:
+        """Keeps `facts` for calls like this one. by_query: as in `Form.remember`."""
         if call.malformed is not None:
             return
         name = (len(args), tuple(kwargs))
@@ -167,4 +165,4 @@ class Repeats:
                 form = self._forms[name] = Form(self._normalise, len(args), tuple(kwargs))
             except LookupError:
                 return
-        form.remember([*args, *kwargs.values(), None], facts, by_values)
+        form.remember([*args, *kwargs.values(), None], facts, by_query)

@@ -18,8 +18,8 @@ from etap_integration.dispatch.decision import (
     NOT_MLA,
     Limits,
     choose,
-    keyword_reason,
     neutral,
+    refused_by_query,
     slower,
     supports,
 )
@@ -219,13 +219,16 @@ def _decide(route: Route, engine: Engine, args: tuple[Any, ...], kwargs: dict[st
             return observer(route, engine, call, args, kwargs)
         TALLY.dispatched()
         ran, result = True, engine.run(call)
-    by_values = not supported and reason == keyword_reason(call)
+    if not supported or ran:
+        facts = engine.facts(call, None if supported else reason, ran)
+    else:
+        reason = choose(call)[1]
+        facts = engine.facts(call, None, ran)
     if reason != GRADIENTS:  # which come and go at the same shapes
-        engine.repeats.remember(call, args, kwargs, engine.facts(call, None if supported else reason, ran), by_values)
+        by_query = not ran and refused_by_query(call, engine.limits)
+        engine.repeats.remember(call, args, kwargs, Facts(reason) if by_query else facts, by_query)
     if ran:
         return result
-    if supported:
-        reason = choose(call)[1]
     TALLY.fell_back(reason)
     _explain(route.label, reason, call, engine.strict)
     return route.original(*args, **kwargs)

@@ -20,6 +20,7 @@ ROW_TILES = (8, 16, 32)
 HEAD_DIMS = (512, 64)  # latent, rope
 _MARK = "_etap_"
 _DTYPES = {"bf16": "bf16", "f16": "fp16"}  # FlashInfer's name in a module's name -> ours
+_E4M3 = "e4m3"
 
 _lock = threading.Lock()
 _specs: dict[str, Any] = {}  # module name -> the specification it was built from
@@ -65,8 +66,8 @@ def is_patched_name(name: str) -> bool:
 def module_sources(name: str) -> list[Path]:
     """ETAP's part of a patched module's sources.
 
-    The kernels are those of the query's dtype; none where ETAP has none for the module's dtypes or head dimensions, so
-    that every call is upstream's.
+    The kernels are those of the query's and the cache's dtype; none where ETAP has none for the module's dtypes or head
+    dimensions, so that every call is upstream's.
 
     Args:
         name: the patched module's name, from which dtypes and head dimensions are read.
@@ -77,16 +78,17 @@ def module_sources(name: str) -> list[Path]:
     found = re.search(r"dtype_q_(\w+?)_dtype_kv_(\w+?)_dtype_o_(\w+?)_dtype_idx_.*ckv_(\d+)_head_dim_kpe_(\d+)_", name)
     if found is None:
         raise UnknownNameError("FlashInfer module", name, ["batch_mla_attention_dtype_q_..._head_dim_kpe_..."])
-    dtypes, dims = set(found.groups()[:3]), tuple(map(int, found.groups()[3:]))
-    ours = {_DTYPES.get(dtype) for dtype in dtypes} if dims == HEAD_DIMS else set()
-    kernels = ours.pop() if len(ours) == 1 else None
+    query, cache, output = found.groups()[:3]
+    kernels = None
+    if tuple(map(int, found.groups()[3:])) == HEAD_DIMS and query == output and query in _DTYPES:
+        kernels = {query: _DTYPES[query], _E4M3: f"{_DTYPES[query]}_e4m3"}.get(cache)
     csrc = locations.csrc_root()
     sources = [csrc / "flashinfer" / name for name in ("adapter.cu", "launch.cu", "workspace.cu")]
-    for dtype in _DTYPES.values():
-        if dtype == kernels:
-            sources += [csrc / f"instances/mla_decode_{dtype}_rows{tile}.cu" for tile in ROW_TILES]
+    for family in (*_DTYPES.values(), *(f"{dtype}_e4m3" for dtype in _DTYPES.values())):
+        if family == kernels:
+            sources += [csrc / f"instances/mla_decode_{family}_rows{tile}.cu" for tile in ROW_TILES]
         else:
-            sources.append(csrc / f"flashinfer/without_{dtype}.cu")
+            sources.append(csrc / f"flashinfer/without_{family}.cu")
     return sources
 
 

@@ -72,7 +72,8 @@ class Way:
     def upstream(self) -> contextlib.AbstractContextManager[None]:
         return self._mode(NEVER)
 
-    def etap(self, **options: Any) -> contextlib.AbstractContextManager[None]:
+    def etap(self, strict: bool = False) -> contextlib.AbstractContextManager[None]:
+        """strict: whatever ETAP can compute, be it slower, and nothing else."""
         raise NotImplementedError
 
     def taken(self) -> int:
@@ -80,8 +81,8 @@ class Way:
 
 
 class Patched(Way):
-    def etap(self, **options: Any) -> contextlib.AbstractContextManager[None]:
-        return self._mode(AUTO)
+    def etap(self, strict: bool = False) -> contextlib.AbstractContextManager[None]:
+        return self._mode(ALWAYS if strict else AUTO)
 
     def taken(self) -> int:
         return self.extension.etap_fa3_count(0)
@@ -89,8 +90,8 @@ class Patched(Way):
 
 class Monkeypatched(Way):
     @contextlib.contextmanager
-    def etap(self, *targets: str, **options: Any) -> Iterator[None]:
-        with self._mode(NEVER), dispatch.patched(*(targets or (FA3,)), **options):
+    def etap(self, strict: bool = False, target: str = FA3) -> Iterator[None]:
+        with self._mode(NEVER), dispatch.patched(target, strict=strict, only_where_faster=not strict):
             yield
 
     def taken(self) -> int:
@@ -209,6 +210,7 @@ CASES = [
     Case((4096,) * 16),
     Case(LENGTHS, heads=8),
     Case(LENGTHS, heads=32),
+    Case((300, 9), heads=64),
     Case(LENGTHS, heads=3),
     Case(LENGTHS, page_size=1),
     Case(LENGTHS, page_size=16),
@@ -271,8 +273,9 @@ def test_metadata_of_upstream_is_accepted(way: Way, fa3: ModuleType) -> None:
 
 
 FALLS_BACK = [
-    Case((500, 70), heads=64),
-    Case((500, 70), heads=16, sq=3, causal=True),
+    Case((500, 70), heads=65),
+    Case((500,) * 5, heads=16, sq=3, causal=True),
+    Case((500, 70), heads=32),
     Case((500, 70), more=(("cache_leftpad", (3, 0)),)),
 ]
 
@@ -299,7 +302,7 @@ def test_no_mla_call(way: Way, fa3: ModuleType) -> None:
     k, v = (torch.randn(2, 300, 4, 64, device="cuda", dtype=BF16) for _ in range(2))
     lengths = torch.tensor([300, 17], dtype=I32, device="cuda")
     before = way.taken()
-    with way.etap(strict=True):
+    with way.etap(strict=True):  # which is about MLA calls
         got = fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
     assert way.taken() == before
     with way.upstream():
@@ -422,7 +425,7 @@ def forwarding(module: str, name: str, forward: Callable[[dict[str, Any]], Any])
 
 
 def engine(way: Way, target: str) -> contextlib.AbstractContextManager[None]:
-    return way.etap(target, strict=True) if isinstance(way, Monkeypatched) else way.etap()
+    return way.etap(True, target) if isinstance(way, Monkeypatched) else way.etap(strict=True)
 
 
 @pytest.mark.parametrize("q_len", [1, 2])
@@ -534,7 +537,7 @@ def test_upstreams_kvcache_test(
     seqlen_q: int, seqlen_k: int, varlen_q: bool, has_batch_idx: bool, page_size: int | None, causal: bool,
     way: Way, upstreams_test: Callable[..., None],
 ) -> None:  # fmt: skip
-    """Its MLA cases: head dimension 64 with V of 64, 256 and 512, one KV head, 6 heads. Only 512 is ETAP's."""
+    """Its MLA cases: head dimension 64 with V of 64, 256 and 512, one KV head, 6 heads, 5 requests. 512 is ETAP's."""
     if page_size is not None and seqlen_k % page_size:
         pytest.skip("upstream skips it")
     before = way.taken()

@@ -64,7 +64,7 @@ class Case:
             "qo_indptr": self.qo_indptr, "kv_indptr": self.kv_indptr, "kv_indices": self.kv_indices,
             "kv_len_arr": self.kv_len.cpu(), "num_heads": p.heads, "head_dim_ckv": 512, "head_dim_kpe": 64,
             "page_size": p.page_size, "causal": p.causal, "sm_scale": self.scale, "q_data_type": p.dtype,
-            "kv_data_type": p.dtype,
+            "kv_data_type": self.ckv.dtype,
         }  # fmt: skip
         wrapper.plan(**{**arguments, **changed})
 
@@ -72,9 +72,9 @@ class Case:
         """Output and LSE (natural) in the shape of the problem's reference; the output buffer holds NaN before."""
         out = torch.full_like(self.q_nope, math.nan)
         lse = torch.full(self.q_nope.shape[:2], math.nan, dtype=torch.float32, device="cuda")
-        result = wrapper.run(
-            self.q_nope, self.q_pe, self.ckv, self.kpe, out=out, lse=lse, return_lse=True, return_lse_base_on_e=base_e
-        )
+        scales = dict(zip(("ckv_scale", "kpe_scale"), self.problem.scales, strict=True)) if self.problem.e4m3 else {}
+        lse_options = {"lse": lse, "return_lse": True, "return_lse_base_on_e": base_e}
+        result = wrapper.run(self.q_nope, self.q_pe, self.ckv, self.kpe, out=out, **lse_options, **scales)
         assert result[0] is out and result[1].shape == lse.shape
         return self.shaped(out, lse if base_e else lse * LN2)
 
@@ -126,9 +126,17 @@ PROBLEMS = [
     Problem(lengths=(333, 5), heads=16, query_layout="views", cache_layout="odd", page_size=32),
     Problem(lengths=tuple(i * 7 % 203 for i in range(400)), heads=16, page_size=4),
 ]  # fmt: skip
+PROBLEMS_E4M3 = [
+    Problem(lengths=(0, 1, 65, 300, 1025), e4m3=True, page_size=page, scales=(0.375, 1.875), seed=page)
+    for page in (1, 16, 64)
+]
+PROBLEMS_E4M3 += [
+    Problem(lengths=(700, 64, 0, 3), e4m3=True, heads=heads, sq=sq, causal=True, page_size=16)
+    for heads, sq in ((8, 1), (16, 2), (32, 1))
+]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS + PROBLEMS_E4M3, ids=str)
 def test_patched_wrapper(problem: Problem) -> None:
     """Right against fp64 with NaN in every slot that is nobody's; the same bits twice; ETAP's kernel ran."""
     case = Case(problem)
@@ -144,7 +152,7 @@ def test_patched_wrapper(problem: Problem) -> None:
     assert torch.allclose(lse[finite], other[finite], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.cache_layout != "odd"], ids=str)
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS + PROBLEMS_E4M3 if p.cache_layout != "odd"], ids=str)
 def test_error_is_not_upstreams(problem: Problem) -> None:
     """The patched wrapper is at least as close to fp64 as the unpatched one, which runs no patched module."""
     case = Case(problem.with_(poison=0.0))

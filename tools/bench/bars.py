@@ -69,6 +69,11 @@ BARS = (
     Bar(Problem(128, 2 * K, page_size=1), Quantity.FLOOR_MULTIPLE, 1.3, 1.15),
     Bar(Problem(1, 8 * K), Quantity.TIME, 14.0, 10.0, mode=GRAPH),
     Bar(Problem(1, 128 * K), Quantity.TIME, 50.0, 48.0, mode=GRAPH),
+    Bar(Problem(16, 64 * K, kv_dtype="e4m3"), Quantity.FLOOR_MULTIPLE, 1.22, 1.1),
+    Bar(Problem(16, 64 * K, kv_dtype="e4m3"), Quantity.OVER_FLASHINFER, 5.0, 5.5),
+    Bar(Problem(16, 16 * K, kv_dtype="e4m3"), Quantity.OVER_FLASHINFER, 3.5, 4.0),
+    Bar(Problem(16, 4 * K, kv_dtype="e4m3"), Quantity.OVER_FLASHINFER, 3.0, 4.0),
+    Bar(Problem(16, 64 * K, page_size=1, kv_dtype="e4m3"), Quantity.OVER_FLASHINFER, 4.0, 5.0),
     Bar(Problem(16, 64 * K), Quantity.OVER_FA3, 6.0, 6.5, emulated="h20"),
     Bar(Problem(16, 64 * K), Quantity.OVER_FLASHINFER, 5.8, 6.3, emulated="h20"),
 )

@@ -1,7 +1,8 @@
 """Named lists of the cells that a run measures.
 
 A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide
-comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own).
+comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own), `e4m3` an e4m3
+cache beside a bf16 one.
 """
 
 from __future__ import annotations
@@ -86,7 +87,15 @@ def _h20() -> Grid:
     return Grid("h20", tuple(cells), emulated="h20")
 
 
-GRIDS: dict[str, Callable[[], Grid]] = {"bars": _bars, "full": _full, "h20": _h20}
+def _e4m3() -> Grid:
+    """An e4m3 cache, and a bf16 cache of the same shape right after it."""
+    problems = [Problem(16, kv_len) for kv_len in _powers(2 * K, 64 * K)]
+    problems += [Problem(16, kv_len, page_size=1) for kv_len in (4 * K, 16 * K, 64 * K)]
+    cells = (Cell(replace(p, kv_dtype=kv_dtype)) for p in problems for kv_dtype in ("e4m3", "bf16"))
+    return Grid("e4m3", tuple(cells))
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {"bars": _bars, "full": _full, "h20": _h20, "e4m3": _e4m3}
 
 
 def named(name: str) -> Grid:

@@ -153,7 +153,7 @@ class PatchedFlashAttention3(FlashAttention3):
     def __init__(self, rivals: Path, target: Target) -> None:
         super().__init__(rivals, target)
         etap = ctypes.CDLL(str(self.path))
-        etap.etap_fa3_set_mode(0)  # auto, whatever the environment says
+        etap.etap_fa3_set_mode(0)  # auto, whatever the environment says, with its measured rules
         etap.etap_fa3_set_p_parts(1 if target.emulated else 0)
 
 
@@ -224,7 +224,8 @@ class Etap(Provider):
         target: what the kernel runs on.
         split: pass the caches as two contiguous tensors.
         num_ctas: CTAs to use; by default all SMs, and on an emulated H20 its 78.
-        p_parts: 16-bit parts that P is split into; by default 2, and on an H20, where tensor cores are the limit, 1.
+        p_parts: 16-bit parts that P is split into; by default 2, but 1 for an e4m3 cache, where P is fp16, and on an
+            H20, where tensor cores are the limit.
     """
 
     name = "etap"
@@ -237,20 +238,19 @@ class Etap(Provider):
         torch.ops.load_library(str(library.resolve()))
         self._split = split
         self._num_ctas = num_ctas or (target.sms if target.emulated else 0)
-        self._p_parts = p_parts or (1 if target.emulated else 2)
-
-    def unsupported(self, problem: Problem) -> str | None:
-        return None if problem.kv_dtype in ("bf16", "fp16") else f"takes 16-bit caches, not {problem.kv_dtype}"
+        self._p_parts = p_parts
+        self._emulated = bool(target.emulated)
 
     def prepare(self, inputs: Inputs) -> Callable[[], Result | None]:
         p = inputs.problem
+        p_parts = self._p_parts or (1 if self._emulated or p.kv_dtype == "e4m3" else 2)
         latent, rope = inputs.split_caches if self._split else inputs.fused_caches
         out = torch.empty(p.batch, p.q_len, p.heads, DIM_LATENT, dtype=inputs.q_nope.dtype, device=latent.device)
         lse = torch.empty(p.batch, p.heads, p.q_len, dtype=torch.float32, device=latent.device)
         result = out, lse
         arguments = (
             inputs.q_nope, inputs.q_rope, latent, rope, inputs.page_table, inputs.cache_seqlens, None, p.q_len,
-            p.softmax_scale, p.causal, out, lse, self._num_ctas, self._p_parts,
+            p.softmax_scale, p.causal, out, lse, self._num_ctas, p_parts,
         )  # fmt: skip
         decode = torch.ops.etap.mla_decode.default
 

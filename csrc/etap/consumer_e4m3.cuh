@@ -1,0 +1,257 @@
+// The consumer warpgroups for an e4m3 cache: as in consumer.cuh, but the tile goes through registers, widened to fp16.
+//
+// Two groups of fragments take turns: while wgmma works on one, the other is widened, and the bytes of the next are
+// on their way from shared memory. A chunk is free as soon as its bytes are in registers, before wgmma has run.
+#pragma once
+
+#include "consumer.cuh"
+#include "e4m3.cuh"
+
+namespace etap {
+
+// The largest magnitude of eight 16-bit values, as bits without the sign: they order as the magnitudes do.
+ETAP_DEVICE uint32_t largest_bits(uint4 v) {
+  uint32_t const a = __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu), b = __vmaxu2(v.z & 0x7fff7fffu, v.w & 0x7fff7fffu);
+  uint32_t const top = __vmaxu2(a, b);
+  return max(top & 0xffffu, top >> 16);
+}
+
+ETAP_DEVICE int exponent_of(float x) { return __float_as_uint(x) >> 23 & 0xff; }  // biased: |x| < 2^(this - 126)
+
+// A row of Q is brought to fp16 as q 2^e, where its rope part is multiplied by r = kpe_scale / ckv_scale first; scores
+// times ckv_scale 2^-e are then the row's. e puts the largest magnitude into [2^13, 2^15).
+//
+// No finite query overflows: 2^15 < 65504, and |S| <= 576 x 2^15 x 448 < 2^33. Nothing is lost: bf16 and fp16 have no
+// more than fp16's 11 bits, so q 2^e is exact down to 2^-14, and below within 2^-25, which is 2^-38 of the row's
+// largest; r q 2^e goes in two fp16 parts, 22 bits. S, in fp32, is not that good. 2^e and 2^-e are normal: e is kept in
+// -126 to 126. At 126 a row's magnitudes are below 2^-111, and scales that make its scores matter overflow elsewhere;
+// at -126, so does r q in fp32.
+struct QueryScale {
+  float up, down;  // 2^e, 2^-e
+
+  // From the largest exponent_of, or what stands for it.
+  explicit ETAP_DEVICE QueryScale(int exponent) {
+    exponent = min(max(exponent, 15), 267);
+    up = __uint_as_float((268 - exponent) << 23);
+    down = __uint_as_float((exponent - 14) << 23);
+  }
+};
+
+// Eight columns of a row, in fp16, to its chunk of Q. Columns are permuted as e4m3.cuh wants: position 2q + e of each
+// 16 holds column 4q + e, position 8 + 2q + e column 4q + 2 + e.
+ETAP_DEVICE void store_query(uint8_t* chunk, int row, int vector, uint32_t const (&pairs)[4]) {
+  uint8_t* const half = chunk + vector % 2 * 8;
+  *reinterpret_cast<uint2*>(half + swizzled(row, vector / 2 * 2)) = make_uint2(pairs[0], pairs[2]);
+  *reinterpret_cast<uint2*>(half + swizzled(row, vector / 2 * 2 + 1)) = make_uint2(pairs[1], pairs[3]);
+}
+
+// Loads the piece's query rows as fp16, scaled. Rows past the request's become zero.
+template <class T, class Cfg>
+ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                 int thread) {
+  constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;  // threads of one row
+  constexpr int kLatent = kLatentChunks * 8 / kLanes;       // 16-byte vectors of each; and one of rope for eight of them
+  static_assert(kLanes >= 8 && kLanes <= 32);
+  int const r = thread / kLanes, lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + r;
+  bool const valid = row < piece.q_len * p.num_heads, has_rope = lane < 8;
+  uint4 latent[kLatent], rope = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int k = 0; k < kLatent; ++k) latent[k] = make_uint4(0, 0, 0, 0);
+  if (valid) {
+    auto const* from = static_cast<uint4 const*>(p.q_nope) +
+                       row_offset(p, p.q_nope_stride, piece.request, piece.token0, row) / 8 + lane;
+#pragma unroll
+    for (int k = 0; k < kLatent; ++k) latent[k] = __ldg(from + k * kLanes);
+    from = static_cast<uint4 const*>(p.q_rope) +
+           row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8 + lane;
+    if (has_rope) rope = __ldg(from);
+  }
+  float const ratio = piece.kpe_scale / piece.ckv_scale;
+  uint32_t largest = 0;
+#pragma unroll
+  for (int k = 0; k < kLatent; ++k) largest = max(largest, largest_bits(latent[k]));
+  int exponent = max(exponent_of(unpack_pair(largest, T{}).x),
+                     exponent_of(unpack_pair(largest_bits(rope), T{}).x) + exponent_of(ratio) - 126);
+#pragma unroll
+  for (int d = kLanes / 2; d > 0; d /= 2) exponent = max(exponent, __shfl_xor_sync(~0u, exponent, d));
+  QueryScale const scale(exponent);
+  if (lane == 0) {
+    // Finite, or scores of 0 would become NaN.
+    smem.control.row_scale[r] = fminf(fmaxf(p.scale_log2 * piece.ckv_scale * scale.down, -3e38f), 3e38f);
+  }
+#pragma unroll
+  for (int k = 0; k < kLatent; ++k) {
+    int const v = lane + k * kLanes;
+    uint32_t const in[4] = {latent[k].x, latent[k].y, latent[k].z, latent[k].w};
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 const x = unpack_pair(in[i], T{});
+      pairs[i] = pack_pair(x.x * scale.up, x.y * scale.up, __half{});
+    }
+    store_query(smem.query[v / 8], r, v % 8, pairs);
+  }
+  if (has_rope) {
+    uint32_t const in[4] = {rope.x, rope.y, rope.z, rope.w};
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 const x = unpack_pair(in[i], T{});
+      float const a = x.x * scale.up * ratio, b = x.y * scale.up * ratio;
+      high[i] = pack_pair(a, b, __half{});
+      float2 const rounded = unpack_pair(high[i], __half{});
+      low[i] = pack_pair(a - rounded.x, b - rounded.y, __half{});
+    }
+    store_query(smem.query[kLatentChunks], r, lane, high);
+    store_query(smem.query[kLatentChunks + 1], r, lane, low);
+  }
+  cutlass::arch::fence_view_async_shared();
+}
+
+// The bytes and fragments in flight in one warpgroup.
+struct E4m3Pipeline {
+  uint32_t bytes[8];  // of the next group
+  Group a[2];         // of the two groups that wgmma may be working on
+};
+
+template <class Cfg>
+ETAP_DEVICE uint32_t chunk_address(SharedStorage<Cfg>& smem, RingPosition<Cfg> at) {
+  return shared_address(smem.ring) + at.slot * kChunkBytes;
+}
+
+template <class Cfg>
+ETAP_DEVICE void release_chunk(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int lane) {
+  __syncwarp();
+  if (lane == 0) smem.control.empty[at.slot].arrive();
+}
+
+// S^T of one tile, left in flight. Group 0 is the rope chunk, which meets two parts of Q; groups 2 c + 1 and 2 c + 2 are
+// the halves of the c-th latent chunk loaded.
+template <class Cfg>
+ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, LaneOffsets const& offsets,
+                                 RingPosition<Cfg> at, int group, int lane, float (&scores)[Cfg::kRowTile / 2]) {
+  constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
+  constexpr int kGroups = 2 * Cfg::kRingLatent + 1;
+  uint32_t const query = descriptor_low(shared_address(smem.query));
+  smem.control.full[at.slot].wait(at.parity);
+  load_rope_group(pipe.bytes, chunk_address(smem, at) + offsets.rope);
+  uint32_t keys = 0;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    if (g >= 2) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
+    widen_keys(pipe.bytes, pipe.a[g & 1]);
+    if (g == 0) release_chunk(smem, at, lane);
+    if (g % 2 == 1) load_key_group(pipe.bytes, keys, 1);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < (g == 0 ? 2 : 1); ++part) {
+      // the rope chunks are Q's last
+      uint32_t const q = query + (g == 0 ? kLatentChunks + part : latent_chunk(g - 1, group)) * kQueryChunk;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma<Cfg::kRowTile>(pipe.a[g & 1][j], descriptor(q + j * kStep), scores,
+                             g + part + j == 0 ? ScaleOut::Zero : ScaleOut::One);
+      }
+    }
+    cute::warpgroup_commit_batch();
+    if (g % 2 == 0 && g + 1 < kGroups) {
+      at.advance();
+      smem.control.full[at.slot].wait(at.parity);
+      keys = chunk_address(smem, at) + offsets.keys;
+      load_key_group(pipe.bytes, keys, 0);
+    }
+  }
+}
+
+// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; its first block's bytes are there.
+template <class Cfg>
+ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
+                                      LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
+  uint32_t const p_low = descriptor_low(prob);
+  uint32_t values = chunk_address(smem, at) + offsets.values;
+#pragma unroll
+  for (int c = 0; c < kLatentChunks; ++c) {
+    Group& a = pipe.a[c & 1];
+    if (c >= 2) cute::warpgroup_wait<1>();
+    widen_values(pipe.bytes, a);
+    if (c % 2 == 0) {
+      load_value_group(pipe.bytes, values, 1);
+    } else {
+      release_chunk(smem, at, st.lane);
+      if (c + 1 < kLatentChunks) {
+        at.advance();
+        values = chunk_address(smem, at) + offsets.values;
+        load_value_group(pipe.bytes, values, 0);
+      }
+    }
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        wgmma<Cfg::kPvRows>(a[j], descriptor(p_low + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit), st.out[c],
+                            ScaleOut::One);
+      }
+    }
+    cute::warpgroup_commit_batch();
+  }
+}
+
+// One tile of a warpgroup that owns whole tiles. `buffer` alternates per tile.
+template <class Cfg>
+ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                                   E4m3Pipeline& pipe, LaneOffsets const& offsets, MaskBounds const& mask,
+                                   RingPosition<Cfg> at, int tile, int buffer) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  RingPosition<Cfg> const latent = at.ahead(1);
+  uint32_t const values = chunk_address(smem, latent) + offsets.values;
+  float scores[Cfg::kRowTile / 2];
+  score_tile_e4m3(smem, pipe, offsets, at, st.group, st.lane, scores);
+  load_value_group(pipe.bytes, values, 0);
+  cute::warpgroup_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) {
+    float const scale = smem.control.row_scale[st.row_of(i)];
+    scores[4 * (i / 2) + (i & 1)] *= scale;
+    scores[4 * (i / 2) + 2 + (i & 1)] *= scale;
+  }
+  int const end = (tile + 1) * kTileKeys;
+  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
+    mask_scores(p, mask, st, tile, scores);
+    if (end > mask.len) {
+      clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
+      sync_group(st.group);
+      load_value_group(pipe.bytes, values, 0);
+    }
+  }
+  uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
+  float tile_sum[kStats];
+  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
+  ETAP_ROLLED
+  do {
+    if (raise) raise_reference(p, smem, st, scores);
+    bool const exceeds = write_probabilities<__half>(p, st, prob, scores, tile_sum);
+    raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
+  } while (raise);
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+  accumulate_tile_e4m3(smem, st, pipe, offsets, latent, prob);
+  cute::warpgroup_wait<0>();
+}
+
+// This warpgroup's tiles of a piece: every second one.
+template <class Cfg>
+ETAP_DEVICE void consume_tiles_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                                    PieceInfo const& piece, MaskBounds const& mask) {
+  int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
+  LaneOffsets const offsets(st.warp, st.lane);
+  E4m3Pipeline pipe;
+  ETAP_ROLLED
+  for (int i = st.group; i < tiles; i += kConsumerGroups) {
+    consume_tile_e4m3(p, smem, st, pipe, offsets, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile),
+                      begin + i, i / 2 % 2);
+  }
+  cute::warpgroup_wait<0>();
+}
+
+}  // namespace etap

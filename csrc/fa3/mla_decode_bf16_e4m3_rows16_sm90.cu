@@ -1,0 +1,1 @@
+#include "../instances/mla_decode_bf16_e4m3_rows16.cu"

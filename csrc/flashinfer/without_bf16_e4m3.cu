@@ -1,0 +1,3 @@
+#include "absent.h"
+
+ETAP_ABSENT(bf16_e4m3)

@@ -1,0 +1,3 @@
+#include "etap/instance.cuh"
+
+ETAP_INSTANCE_E4M3(fp16, __half, 32)
