@@ -149,8 +149,9 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
       bool const rope = Cfg::kE4m3 && chunk < 0;  // rows of 64 bytes
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        uint32_t const row = first_row + 16 * i;
-        uint8_t* const to = smem.ring[at.slot] + (rope ? rope_offset<Cfg>(row, col16) : swizzled(row, col16));
+        // 16 rows further on, the swizzle is the same.
+        uint8_t* const to = smem.ring[at.slot] + (rope ? rope_offset<Cfg>(first_row, col16) + i * 16 * Cfg::kRopeRowBytes
+                                                       : swizzled(first_row, col16) + i * 16 * 128);
         if (place[i].row >= 0 && !(rope && col16 >= 4)) {
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
                                                        *reinterpret_cast<uint4*>(to));
