@@ -53,6 +53,11 @@ struct TileConfig {
   }
   static constexpr int kRopeRowBytes = kRopeDim * kElementBytes;
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
+  // e4m3: the bytes of the next group of fragments are loaded while one is widened, where registers are left for them.
+  static constexpr bool kLoadsAhead = RowTile <= 16;
+  // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
+  static constexpr int kConsumerRegisters = kE4m3 && RowTile <= 16 ? 208 : 216;
+  static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T

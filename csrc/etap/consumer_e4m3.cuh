@@ -66,7 +66,9 @@ ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& s
            row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8 + lane;
     if (has_rope) rope = __ldg(from);
   }
-  float const ratio = piece.kpe_scale / piece.ckv_scale;
+  float const ckv_scale = p.ckv_scale_data ? __ldg(p.ckv_scale_data + piece.request * p.ckv_scale_stride) : p.ckv_scale;
+  float const kpe_scale = p.kpe_scale_data ? __ldg(p.kpe_scale_data + piece.request * p.kpe_scale_stride) : p.kpe_scale;
+  float const ratio = kpe_scale / ckv_scale;
   uint32_t largest = 0;
 #pragma unroll
   for (int k = 0; k < kLatent; ++k) largest = max(largest, largest_bits(latent[k]));
@@ -75,9 +77,10 @@ ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& s
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) exponent = max(exponent, __shfl_xor_sync(~0u, exponent, d));
   QueryScale const scale(exponent);
+  if (thread == 0) smem.control.value_scale[piece.table] = ckv_scale;
   if (lane == 0) {
     // Finite, or scores of 0 would become NaN.
-    smem.control.row_scale[r] = fminf(fmaxf(p.scale_log2 * piece.ckv_scale * scale.down, -3e38f), 3e38f);
+    smem.control.row_scale[r] = fminf(fmaxf(p.scale_log2 * ckv_scale * scale.down, -3e38f), 3e38f);
   }
 #pragma unroll
   for (int k = 0; k < kLatent; ++k) {
@@ -133,15 +136,22 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   constexpr int kGroups = 2 * Cfg::kRingLatent + 1;
   uint32_t const query = descriptor_low(shared_address(smem.query));
-  smem.control.full[at.slot].wait(at.parity);
-  load_rope_group(pipe.bytes, chunk_address(smem, at) + offsets.rope);
   uint32_t keys = 0;
+  auto load = [&](int g) {
+    if (g % 2 == 1) at.advance();
+    if (g == 0 || g % 2 == 1) smem.control.full[at.slot].wait(at.parity);
+    if (g == 0) return load_rope_group(pipe.bytes, chunk_address(smem, at) + offsets.rope);
+    if (g % 2 == 1) keys = chunk_address(smem, at) + offsets.keys;
+    load_key_group(pipe.bytes, keys, (g - 1) % 2);
+  };
+  if (Cfg::kLoadsAhead) load(0);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
+    if (!Cfg::kLoadsAhead) load(g);
     if (g >= 2) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
     widen_keys(pipe.bytes, pipe.a[g & 1]);
     if (g == 0) release_chunk(smem, at, lane);
-    if (g % 2 == 1) load_key_group(pipe.bytes, keys, 1);
+    if (Cfg::kLoadsAhead && g % 2 == 1) load(g + 1);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int part = 0; part < (g == 0 ? 2 : 1); ++part) {
@@ -154,36 +164,32 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
       }
     }
     cute::warpgroup_commit_batch();
-    if (g % 2 == 0 && g + 1 < kGroups) {
-      at.advance();
-      smem.control.full[at.slot].wait(at.parity);
-      keys = chunk_address(smem, at) + offsets.keys;
-      load_key_group(pipe.bytes, keys, 0);
-    }
+    if (Cfg::kLoadsAhead && g % 2 == 0 && g + 1 < kGroups) load(g + 1);  // it may have to wait for its chunk
   }
 }
 
-// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; its first block's bytes are there.
+// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; with kLoadsAhead its first block's bytes are
+// there.
 template <class Cfg>
 ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                       LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
   uint32_t const p_low = descriptor_low(prob);
   uint32_t values = chunk_address(smem, at) + offsets.values;
+  auto load = [&](int c) {
+    if (c % 2 == 0 && c > 0) {
+      at.advance();
+      values = chunk_address(smem, at) + offsets.values;
+    }
+    load_value_group(pipe.bytes, values, c % 2);
+  };
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
     Group& a = pipe.a[c & 1];
+    if (!Cfg::kLoadsAhead) load(c);
     if (c >= 2) cute::warpgroup_wait<1>();
     widen_values(pipe.bytes, a);
-    if (c % 2 == 0) {
-      load_value_group(pipe.bytes, values, 1);
-    } else {
-      release_chunk(smem, at, st.lane);
-      if (c + 1 < kLatentChunks) {
-        at.advance();
-        values = chunk_address(smem, at) + offsets.values;
-        load_value_group(pipe.bytes, values, 0);
-      }
-    }
+    if (c % 2 == 1) release_chunk(smem, at, st.lane);
+    if (Cfg::kLoadsAhead && c + 1 < kLatentChunks) load(c + 1);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
@@ -207,7 +213,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
   uint32_t const values = chunk_address(smem, latent) + offsets.values;
   float scores[Cfg::kRowTile / 2];
   score_tile_e4m3(smem, pipe, offsets, at, st.group, st.lane, scores);
-  load_value_group(pipe.bytes, values, 0);
+  if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
   cute::warpgroup_wait<0>();
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
@@ -221,7 +227,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
     if (end > mask.len) {
       clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
       sync_group(st.group);
-      load_value_group(pipe.bytes, values, 0);
+      if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
     }
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);

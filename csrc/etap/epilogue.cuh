@@ -243,7 +243,7 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   if (whole) {
 #pragma unroll
     for (int i = 0; i < kStats; ++i) {
-      float const scale = st.sum[i] > 0.0f ? value_scale<Cfg>(piece) / st.sum[i] : 0.0f;
+      float const scale = st.sum[i] > 0.0f ? value_scale(smem, piece.table) / st.sum[i] : 0.0f;
       own[i] *= scale;
       other[i] *= scale;
     }

@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     NamedBarrier::sync(kThreads, kBarrierStart);
   }
   if (warp < 4) {
-    cutlass::arch::warpgroup_reg_dealloc<72>();
+    cutlass::arch::warpgroup_reg_dealloc<Cfg::kProducerRegisters>();
     if (warp == 3) write_empty_requests(p, lane);
     produce(p, ckv_map, kpe_map, smem, warp, lane);
     if (warp == 0) turn_workspace<Cfg>(p, smem.control.epoch, lane);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<216>();
+    cutlass::arch::warpgroup_reg_alloc<Cfg::kConsumerRegisters>();
     consume<T>(p, smem, warp / 4 - 1, warp % 4, lane);
   }
 }

@@ -47,7 +47,7 @@ ETAP_DEVICE float4 const* stat_quad(PartialBuffer<Cfg> const& buffer, Piece cons
 
 // Weights of the parts, and the scale of each row. One row belongs to kConsumerThreads / kRowTile consecutive lanes.
 template <class Cfg>
-ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, PieceInfo const& piece, RowTarget const* rows,
+ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, RowTarget const* rows, float value_scale,
                                MergeScratch<Cfg>& scratch, int thread) {
   constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;
   static_assert(kLanes <= 32);
@@ -66,7 +66,7 @@ ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, PieceInfo const& piece,
 #pragma unroll
   for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
   if (first > 0) return;
-  scratch.scale[r] = sum > 0.0f ? value_scale<Cfg>(piece) / sum : 0.0f;
+  scratch.scale[r] = sum > 0.0f ? value_scale / sum : 0.0f;
   if (piece.part == 0) write_lse(p, rows[r], top, sum);
 }
 
@@ -109,8 +109,8 @@ struct MergeCursor {
 
 // Statistics of all parts to shared memory, then weights.
 template <class Cfg>
-ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, PieceInfo const& piece,
-                             RowTarget const* rows, MergeScratch<Cfg>& scratch, int thread) {
+ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
+                             RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
   float4* const stats = reinterpret_cast<float4*>(scratch.stats);
   int const quads = piece.num_parts * MergeScratch<Cfg>::kStatQuads;
   ETAP_ROLLED
@@ -121,15 +121,15 @@ ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
     stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
   }
   sync_consumers();
-  merge_weights<Cfg>(p, piece, rows, scratch, thread);
+  merge_weights<Cfg>(p, piece, rows, value_scale, scratch, thread);
 }
 
 // This CTA's slice of a piece's rows.
 template <class T, class Cfg>
-ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, PieceInfo const& piece,
-                             RowTarget const* rows, MergeScratch<Cfg>& scratch, int thread) {
+ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
+                             RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
   using Scratch = MergeScratch<Cfg>;
-  weigh_parts(p, buffer, piece, rows, scratch, thread);
+  weigh_parts(p, buffer, piece, rows, value_scale, scratch, thread);
   EvenCut const cut(PartialBuffer<Cfg>::kQuads, piece.num_parts);
   int const begin = cut.begin(piece.part), end = cut.begin(piece.part + 1);
   // Threads side by side on the slice; the others share its parts.
@@ -183,8 +183,8 @@ ETAP_DEVICE void merge_pending(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   ETAP_ROLLED
   for (int i = 0; i < smem.control.num_pending; ++i) {
     sync_consumers();  // the ring is idle, pending[] is written; the scratch may be written again
-    PieceInfo const piece = smem.control.pending[i];
-    merge_slice<T>(p, buffer, piece, smem.control.rows[i], scratch, thread);
+    Piece const piece = smem.control.pending[i];
+    merge_slice<T>(p, buffer, piece, smem.control.rows[i], value_scale(smem, i), scratch, thread);
   }
 }
 

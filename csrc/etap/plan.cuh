@@ -55,10 +55,6 @@ ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   to.len = cache_len(p, piece.request);
   to.token0 = query_begin(p, piece.request);
   to.q_len = query_len(p, piece.request);
-  if constexpr (Cfg::kE4m3) {
-    to.ckv_scale = p.ckv_scale_data ? p.ckv_scale_data[piece.request * p.ckv_scale_stride] : p.ckv_scale;
-    to.kpe_scale = p.kpe_scale_data ? p.kpe_scale_data[piece.request * p.kpe_scale_stride] : p.kpe_scale;
-  }
   to.first_chunk = index == 0 ? 0 : smem.control.next_chunk;
   int const pending = index == 0 ? 0 : smem.control.num_pending;
   to.table = piece.whole() ? 2 + index % 2 : pending;

@@ -143,14 +143,17 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
     if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
+    int lane_col16 = col16;
+    if (Cfg::kE4m3) asm volatile("" : "+r"(lane_col16));  // else what follows from it is kept, and other things spilled
     ETAP_ROLLED
     for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
       bool const rope = Cfg::kE4m3 && chunk < 0;  // rows of 64 bytes
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        uint32_t const row = first_row + 16 * i;
-        uint8_t* const to = smem.ring[at.slot] + (rope ? rope_offset<Cfg>(row, col16) : swizzled(row, col16));
+        // 16 rows further on, the swizzle is the same.
+        uint8_t* const to = smem.ring[at.slot] + (rope ? rope_offset<Cfg>(first_row, lane_col16) + i * 16 * Cfg::kRopeRowBytes
+                                                       : swizzled(first_row, lane_col16) + i * 16 * 128);
         if (place[i].row >= 0 && !(rope && col16 >= 4)) {
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
                                                        *reinterpret_cast<uint4*>(to));

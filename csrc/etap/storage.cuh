@@ -37,7 +37,6 @@ struct PieceInfo : Piece {
   int q_len;        // its query tokens
   int first_chunk;  // chunks of this CTA before it, since launch
   int table;        // which RowTarget table it has: its number among the pending pieces, or 2 or 3 in turn
-  float ckv_scale, kpe_scale;  // e4m3 cache alone
 };
 
 // Where an output row goes, in elements; out < 0: not a row of the request.
@@ -58,6 +57,7 @@ struct alignas(1024) SharedStorage {
     float4 warp_stat[kConsumerGroups][Cfg::kRowTile];  // of each warp of a warpgroup: tile maximum, or sum
     float reference[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units)
     float row_scale[Cfg::kE4m3 ? Cfg::kRowTile : 1];   // e4m3: a score's factor to log2 units
+    float value_scale[Cfg::kE4m3 ? 4 : 1];             // e4m3: ckv_scale, by PieceInfo::table
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
     EmptyBarrier empty[Cfg::kRing];    // one arrival per warp of the warpgroup that used the chunk last
@@ -92,10 +92,11 @@ ETAP_DEVICE int64_t row_offset(MlaDecodeParams const& p, RowStrides const& s, in
   return request * s.batch + (token0 + token) * s.token + (row - token * p.num_heads) * s.head;
 }
 
-// What the sum of P V is multiplied by.
+// What the sum of P V is multiplied by, for the piece with this table.
 template <class Cfg>
-ETAP_DEVICE float value_scale(PieceInfo const& piece) {
-  return Cfg::kE4m3 ? piece.ckv_scale : 1.0f;
+ETAP_DEVICE float value_scale(SharedStorage<Cfg> const& smem, int table) {
+  if constexpr (Cfg::kE4m3) return smem.control.value_scale[table];
+  return 1.0f;
 }
 
 template <class Cfg>
