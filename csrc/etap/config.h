@@ -72,6 +72,10 @@ struct TileConfig {
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
   static constexpr int kRing = kRingFit < kMaxRing ? kRingFit : kMaxRing;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
+  // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).
+  static constexpr int kRingShift = kRing % (2 * kRingTile);
+  static constexpr int kForeignFirst = kRingShift > kRingTile ? kRingShift - kRingTile : 0;
+  static constexpr int kForeignChunks = kRingShift > kRingTile ? 2 * kRingTile - kRingShift : kRingShift;
   static_assert(kRing >= kRingTile + 1 && kRing >= kExchangeChunks);
 };
 

@@ -277,6 +277,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
                               MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
   float scores[Cfg::kRowTile / 2];
+  await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
   if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
   int const end = (tile + 1) * kTileKeys;

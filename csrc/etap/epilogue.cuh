@@ -181,6 +181,7 @@ ETAP_DEVICE float4* given_quad(SharedStorage<Cfg>& smem, ConsumerState<Cfg> cons
 // Each warpgroup gives the other its half of O^T's chunks.
 template <class Cfg>
 ETAP_DEVICE void give_half(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent) {
+  await_previous_pass(smem, lent, Cfg::kExchangeChunks, st.lane);
   for (int i = 0; i < Cfg::kExchangeChunks; ++i) {
     auto const at = lent.ahead(i);
     smem.control.full[at.slot].wait(at.parity);

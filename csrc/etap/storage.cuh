@@ -71,6 +71,18 @@ struct alignas(1024) SharedStorage {
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
 };
 
+// Waits until this pass of the ring can have begun in `count` chunks from `at` on: until the pass before has been used.
+// A full barrier's parity tells a pass from the one before, not from the one before that: where the pass before was the
+// other warpgroup's and is late (copies complete in any order), waiting for this pass alone would end at once, on old keys.
+template <class Cfg>
+ETAP_DEVICE void await_previous_pass(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int count, int lane) {
+  if (lane < count) {
+    RingPosition<Cfg> const own = at.ahead(lane);
+    smem.control.empty[own.slot].wait(own.parity ^ 1);
+  }
+  __syncwarp();
+}
+
 // ---- lengths
 ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
   return p.cu_seqlens_q ? p.cu_seqlens_q[request] : 0;

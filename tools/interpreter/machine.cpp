@@ -50,33 +50,41 @@ Machine::Machine(Launch const& launch, Memory const& memory, Options const& opti
       }
     }
   }
+  static constexpr uint32_t kOneIn[4] = {0, 0, 16, 128};
+  late_copies_ = kOneIn[random_() % 4];
+  slow_warps_ = kOneIn[random_() % 4] / 4;
   for (auto& cta : ctas_) {
-    for (auto& w : cta.warps) live_.push_back(&w);
+    for (auto& w : cta.warps) {
+      w.slow = slow_warps_ && random_() % slow_warps_ == 0;
+      live_.push_back(&w);
+    }
   }
 }
 
 void Machine::fail(Warp const& w, int pc, std::string const& what) const {
   std::ostringstream out;
-  auto const& code = launch_.kernel->code;
-  out << what << " (CTA " << w.cta->index << ", warp " << w.index << ", instruction " << pc;
-  if (pc >= 0 && pc < int(code.size()) && code[pc].line > 0) {
-    out << ", PTX line " << code[pc].line << ": " << launch_.module->line(code[pc].line);
-  }
-  out << ")";
+  out << what << " (CTA " << w.cta->index << ", warp " << w.index << ", " << where(pc) << ")";
   throw Error(out.str());
+}
+
+std::string Machine::where(int pc) const {
+  auto const& code = launch_.kernel->code;
+  if (pc < 0 || pc >= int(code.size()) || code[pc].line < 1) return "instruction " + std::to_string(pc);
+  return "PTX line " + std::to_string(code[pc].line) + ": " + launch_.module->line(code[pc].line);
 }
 
 void Machine::run() {
   while (!live_.empty()) {
     size_t const index = random_() % live_.size();
     Warp& w = *live_[index];
-    if (random_() % 4 == 0) progress_async(*w.cta);
+    if (random_() % 4 == 0) progress_async(*w.cta, false);
+    if (w.slow && random_() % 64) continue;
     if (!step_warp(w)) {
       // Blocked: look for anything that can go on, from here on.
       bool found = false;
       for (size_t n = 1; n < live_.size() && !found; ++n) found = step_warp(*live_[(index + n) % live_.size()]);
       if (!found) {
-        for (auto& cta : ctas_) found = progress_async(cta) || found;
+        for (auto& cta : ctas_) found = progress_async(cta, true) || found;
         if (!found) throw Error("deadlock:\n" + state());
       }
     }
@@ -84,7 +92,7 @@ void Machine::run() {
     if (steps_ > options_.max_steps) throw Error("no end after " + std::to_string(steps_) + " steps:\n" + state());
   }
   for (auto& cta : ctas_) {
-    while (progress_async(cta)) {
+    while (progress_async(cta, true)) {
     }
     for (auto& w : cta.warps) {
       if (w.wgmma.size() > 1 || !w.wgmma.back().empty()) throw Error("wgmma not waited for at the end");
@@ -102,8 +110,7 @@ std::string Machine::state() const {
     for (auto const& g : w->groups) {
       if (++lines > 60) return out.str() + "...";
       out << "  CTA " << w->cta->index << " warp " << w->index << " mask " << std::hex << g.mask << std::dec << " at "
-          << g.pc << " (block " << int(g.block) << " " << g.where << " " << g.until << "), PTX line "
-          << launch_.kernel->code[g.pc].line << ": " << launch_.module->line(std::max(1, launch_.kernel->code[g.pc].line))
+          << where(g.pc) << (g.block ? " (blocked: " + std::to_string(g.where) + ", " + std::to_string(g.until) + ")" : "")
           << "\n";
     }
   }
@@ -275,16 +282,20 @@ bool Machine::phase_done(Cta& cta, uint32_t address, uint32_t parity) const {
 }
 
 // ---- copies in flight
-bool Machine::progress_async(Cta& cta) {
+bool Machine::progress_async(Cta& cta, bool late_too) {
   std::vector<int> choices;  // warps with cp.async; -1: a tensor copy
   for (auto& w : cta.warps) {
     if (!w.copies.empty()) choices.push_back(w.index);
   }
-  if (!cta.tensor_copies.empty()) choices.push_back(-1);
+  size_t copy = cta.tensor_copies.size();
+  if (copy) {
+    copy = random_() % copy;
+    if (late_too || !cta.tensor_copies[copy].late) choices.push_back(-1);
+  }
   if (choices.empty()) return false;
   int const chosen = choices[random_() % choices.size()];
   if (chosen < 0) {
-    finish_tensor_copy(cta, random_() % cta.tensor_copies.size());
+    finish_tensor_copy(cta, copy);
   } else {
     finish_copy(cta.warps[chosen]);
   }
@@ -324,7 +335,8 @@ void Machine::finish_tensor_copy(Cta& cta, size_t index) {
       for (int n = 0; n < int(cta.warps.size()); ++n) {
         if (s.read[n] > copy.issued.seen.of[n]) {
           fail(w, copy.pc, "race: a tensor copy overwrites shared memory at " + std::to_string(word * 4) +
-                               " that warp " + std::to_string(n) + " has read without telling the copy's issuer");
+                               " that warp " + std::to_string(n) + " has read without telling the copy's issuer, last at " +
+                               where(s.pc));
         }
       }
       if (s.writer != ~0u) {
@@ -393,6 +405,7 @@ void Machine::check_read(Warp& w, int pc, uint32_t address, uint32_t bytes, bool
       }
     }
     s.read[w.index] = w.clock();
+    s.pc = pc;
   }
 }
 

@@ -115,6 +115,7 @@ struct TensorCopy {
   int32_t at[5];
   Knowledge issued;
   int warp, pc;
+  bool late;  // completes only when nothing else can go on
 };
 
 struct InFlight {  // what a wgmma reads, to see that it stays so until it has been waited for
@@ -130,6 +131,7 @@ struct Warp {
   std::vector<uint64_t> reg64;
   std::vector<Group> groups;
   Knowledge knowledge;
+  bool slow = false;
   std::deque<CopyAsync> copies;
   std::vector<std::vector<InFlight>> wgmma;  // by group; the last is not committed yet
   bool done() const { return groups.empty(); }
@@ -144,6 +146,7 @@ struct Warp {
 struct Word {  // of shared memory: who wrote it last, and who has read it since
   uint32_t writer = ~0u, written = 0;
   uint32_t read[kMaxWarps] = {};
+  int pc = -1;  // of the latest read
 };
 
 struct Cta {
@@ -160,7 +163,7 @@ struct Cta {
 struct Options {
   uint64_t seed = 0;
   bool check_races = true;
-  uint64_t max_steps = 2'000'000'000;
+  uint64_t max_steps = 100'000'000;
 };
 
 struct Launch {
@@ -184,8 +187,9 @@ class Machine {
   bool step_warp(Warp& w);
   void run_group(Warp& w, int index, int quantum);
   void merge_groups(Warp& w);
-  bool progress_async(Cta& cta);
+  bool progress_async(Cta& cta, bool late_too);
   std::string state() const;
+  std::string where(int pc) const;
   [[noreturn]] void fail(Warp const& w, int pc, std::string const& what) const;
 
   // barriers
@@ -237,6 +241,8 @@ class Machine {
   std::mt19937_64 random_;
   std::vector<Cta> ctas_;
   std::vector<Warp*> live_;
+  // How this launch is scheduled: one copy in so many is late, one warp in so many is slow (0: none).
+  uint32_t late_copies_ = 0, slow_warps_ = 0;
   uint64_t steps_ = 0;
 
   friend struct Lanes;

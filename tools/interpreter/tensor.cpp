@@ -110,7 +110,10 @@ void Machine::wgmma_wait(Warp& w, int pc, Instruction const& i) {
       if (hash(*w.cta, f) != f.hash) fail(w, f.pc, "an operand changes while the wgmma is in flight");
       if (options_.check_races) {
         for (auto const& [address, bytes] : f.ranges) {
-          for (uint32_t word = address / 4; word < (address + bytes) / 4; ++word) w.cta->words[word].read[w.index] = w.clock();
+          for (uint32_t word = address / 4; word < (address + bytes) / 4; ++word) {
+            w.cta->words[word].read[w.index] = w.clock();
+            w.cta->words[word].pc = f.pc;
+          }
         }
       }
     }
@@ -177,6 +180,7 @@ void Machine::issue_tensor_copy(Warp& w, int pc, Instruction const& i, uint32_t 
     copy.issued = w.knowledge;
     copy.warp = w.index;
     copy.pc = pc;
+    copy.late = late_copies_ && random_() % late_copies_ == 0;
     if (copy.shared % 128) fail(w, pc, "a tensor copy to a misaligned address");
     w.cta->tensor_copies.push_back(copy);
   }
