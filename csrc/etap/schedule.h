@@ -130,7 +130,7 @@ ETAP_HD Piece aligned_piece(Plan const& plan, RequestWork w, int request, int pr
   EvenCut const cut(w.tiles, parts);
   Piece piece;
   piece.request = request;
-  piece.row_tile = w.row_tiles == 1 ? 0 : quotient(cta - prefix, parts);
+  piece.row_tile = quotient(cta - prefix, parts);
   piece.first_cta = prefix + piece.row_tile * parts;
   piece.first_slot = 2 * piece.first_cta;
   piece.num_parts = parts;
