@@ -75,9 +75,10 @@ struct Plan {
   EvenCut flat;     // of total_tiles over num_ctas
 };
 
-struct Piece {
-  int request, row_tile;
+struct Piece {      // in this order, nvcc 13.0 spills nothing on its way to shared memory
+  int request;
   int begin, end;   // tiles of the virtual request
+  int row_tile;
   int num_parts;    // CTAs that hold a piece of it
   int part;         // this one's rank among them
   int first_cta;
