@@ -331,7 +331,9 @@ def test_causal_is_kept_for_single_tokens(adapter: Adapter) -> None:
     assert adapter.run(mask_mode=0)["causal"] == 0
 
 
-@pytest.mark.parametrize(("heads", "longest", "tile"), [(8, 1, 8), (16, 1, 16), (3, 3, 16), (32, 1, 32), (33, 1, 64), (16, 4, 64)])
+@pytest.mark.parametrize(
+    ("heads", "longest", "tile"), [(8, 1, 8), (16, 1, 16), (3, 3, 16), (32, 1, 32), (33, 1, 64), (16, 4, 64)]
+)
 def test_row_tile(adapter: Adapter, heads: int, longest: int, tile: int) -> None:
     shape = (5, heads)
     q = dict(q_nope=tensor(0x1000, (*shape, 512)), q_pe=tensor(0x2000, (*shape, 64)), o=tensor(0x3000, (*shape, 512)))
