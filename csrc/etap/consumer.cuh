@@ -147,12 +147,14 @@ ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, C
   }
 }
 
-// Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not.
+// Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not. A warpgroup calls this, once none
+// of its warps needs these rows for S^T; the others may still be reading them.
 template <class Cfg>
-ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, int thread, int threads) {
+ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, ConsumerState<Cfg> const& st) {
+  sync_group(st.group);
   for (int c = 0; c < Cfg::kRingLatent; ++c) {
     at.advance();
-    for (int i = valid * 8 + thread; i < kTileKeys * 8; i += threads) {
+    for (int i = valid * 8 + st.warp * 32 + st.lane; i < kTileKeys * 8; i += 128) {
       *reinterpret_cast<uint4*>(smem.ring[at.slot] + i * 16) = make_uint4(0, 0, 0, 0);
     }
   }
@@ -297,7 +299,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
     mask_scores(p, mask, st, tile, scores);
-    if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
+    if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st);
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
   float tile_sum[kStats];

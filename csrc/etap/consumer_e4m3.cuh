@@ -225,7 +225,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
     mask_scores(p, mask, st, tile, scores);
     if (end > mask.len) {
-      clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
+      clear_tail(smem, at, mask.len - tile * kTileKeys, st);
       sync_group(st.group);
       if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
     }
