@@ -55,7 +55,7 @@ def run(built: Built) -> tuple[torch.Tensor, torch.Tensor]:
 def check(problem: Problem, calls: int = 2) -> None:
     """Right, and the same bits under every schedule."""
     built = build(problem, "cpu")
-    default = 1 if problem.e4m3 else 2
+    default = 1 if problem.e4m3 or problem.rows > 32 else 2
     out, lse = run(built)
     judge(built, out, lse, default if problem.precise is None else 2 if problem.precise else 1)
     for _ in range(calls - 1):

@@ -42,8 +42,7 @@ def full_precision_references() -> Iterator[None]:
 def p_parts(problem: Problem) -> int:
     """The parts of P the operator uses here."""
     is_h20 = torch.cuda.get_device_properties(0).multi_processor_count == 78
-    rows = max((problem.sq, *problem.query_lengths)) * problem.heads
-    default = 1 if is_h20 or (rows > 32 and not problem.e4m3) else 2
+    default = 1 if is_h20 or (problem.rows > 32 and not problem.e4m3) else 2
     return default if problem.precise is None else 2 if problem.precise else 1
 
 
