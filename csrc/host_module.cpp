@@ -62,7 +62,7 @@ pybind11::dict config() {
   d["cache"] = Cfg::kE4m3 ? "e4m3" : "16-bit";
   d["row_tile"] = RowTile;
   d["p_parts"] = PParts;
-  d["wgmma_n"] = std::vector<int>{RowTile, Cfg::kPvRows};  // of S^T and of O^T
+  d["wgmma_n"] = std::vector<int>{Cfg::kScoreRows, Cfg::kPvRows};  // of S^T and of O^T
   d["smem_bytes"] = Cfg::kSharedBytes;
   d["ring_chunks"] = Cfg::kRing;
   d["threads"] = etap::kThreads;
@@ -85,6 +85,8 @@ PYBIND11_MODULE(_host, m) {
         "tiles of 64 keys. Raises ValueError for inconsistent arguments.");
   m.def("kernel_configs", [] {
     auto list = configs<CacheFormat::kQueryType>();
+    list.push_back(config<64, 1, CacheFormat::kQueryType>());
+    list.push_back(config<64, 2, CacheFormat::kQueryType>());
     auto const e4m3 = configs<CacheFormat::kE4m3>();
     list.insert(list.end(), e4m3.begin(), e4m3.end());
     return list;

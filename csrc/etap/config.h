@@ -31,14 +31,20 @@ constexpr int slot_bytes(int row_tile) { return row_tile * kLatentDim * 4 + (row
 enum class CacheFormat { kQueryType, kE4m3 };
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
-// More rows than 32 loop over row tiles: a warpgroup's registers hold O^T (512 x 32 fp32), and no more.
+// Up to 32 rows, a warpgroup's registers hold O^T (512 x 32 fp32), and each warpgroup owns whole tiles of keys. Of 64,
+// they hold half: O^T is split over the warpgroups by latent columns, S^T by rows, and both work on every tile. More
+// rows loop over row tiles.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
-  static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32);
+  static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
   static_assert(PParts == 1 || PParts == 2);
   static constexpr int kRowTile = RowTile;
   static constexpr int kPParts = PParts;
   static constexpr bool kE4m3 = Format == CacheFormat::kE4m3;
+  static constexpr bool kWide = RowTile == 64;                          // both warpgroups share every tile
+  static_assert(!(kWide && kE4m3));
+  static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;      // rows of S^T that one warpgroup has: N
+  static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
   // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and
   // fills half its slot.
   static constexpr int kElementBytes = kE4m3 ? 1 : 2;
@@ -49,8 +55,14 @@ struct TileConfig {
   __host__ __device__
 #endif
   static constexpr int latent_column(int i, int group) {            // that the i-th latent chunk begins with
-    return (i * kRingCols) ^ (group * (kLatentDim / 2));             // see latent_chunk
+    return (i * kRingCols) ^ (kWide ? 0 : group * (kLatentDim / 2));  // see latent_chunk
   }
+  // The block of O^T that a warpgroup finishes as its c-th of four. Wide: every second one, so that two warpgroups at
+  // work on their blocks free the ring's chunks in its order.
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  static constexpr int own_block(int group, int c) { return kWide ? 2 * c + group : kLatentChunks / 2 * group + c; }
   static constexpr int kRopeRowBytes = kRopeDim * kElementBytes;
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
   // e4m3: the bytes of the next group of fragments are loaded while one is widened, where registers are left for them.
@@ -60,13 +72,16 @@ struct TileConfig {
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
-  static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T
+  static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T
   static constexpr int kQueryChunks = kTileChunks + kE4m3;  // e4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
-  static constexpr int kProbBuffers = 2 * kConsumerGroups;
+  static constexpr int kProbBuffers = kWide ? 1 : 2 * kConsumerGroups;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
-  static constexpr int kExchangeChunks = RowTile / 4;
+  static constexpr int kExchangeChunks = kWide ? 0 : RowTile / 4;
+  // Arrivals that free a ring chunk: one per warp that reads it last. Wide: eight, since all eight warps read the rope
+  // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
+  static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kControlBytes = 2048 + 96 * RowTile;            // statistics, pieces, barriers
   static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;

@@ -47,7 +47,7 @@ class Interpreted:
         e4m3 = ckv.dtype == torch.float8_e4m3fn
         row_tile = self.module.row_tile_for(q_len * heads, e4m3)
         ctas = min(num_ctas or self.sms, self.sms)
-        parts = p_parts or self.module.default_p_parts(e4m3, self.sms)
+        parts = p_parts or self.module.default_p_parts(e4m3, row_tile, self.sms)
         fields: dict[str, Any] = {
             "batch": batch, "num_heads": heads, "q_len": q_len, "causal": causal and q_len > 1,
             "scale_log2": softmax_scale * math.log2(math.e) or 1.1754943508222875e-38,

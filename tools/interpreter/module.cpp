@@ -260,11 +260,12 @@ void replace_module(size_t index, std::string const& text) {
 PYBIND11_MODULE(_interpreter, m) {
   m.doc() = "Runs the compiled ETAP kernels' PTX on the CPU.";
   m.def("mla_decode", &run_mla_decode);
-  m.def("row_tile_for", [](int64_t rows, bool) { return etap::row_tile_for(rows); });
+  auto const format = [](bool e4m3) { return e4m3 ? etap::CacheFormat::kE4m3 : etap::CacheFormat::kQueryType; };
+  m.def("row_tile_for", [=](int64_t rows, bool e4m3) { return etap::row_tile_for(rows, format(e4m3)); });
   m.def("workspace_bytes", &etap::workspace_bytes);
   m.def("header_bytes", [] { return etap::kWorkspaceHeaderBytes; });
-  m.def("default_p_parts", [](bool e4m3, int sms) {
-    return etap::default_p_parts(e4m3 ? etap::CacheFormat::kE4m3 : etap::CacheFormat::kQueryType, sms);
+  m.def("default_p_parts", [=](bool e4m3, int row_tile, int sms) {
+    return etap::default_p_parts(format(e4m3), row_tile, sms);
   });
   m.def("texts", [] {
     std::vector<std::string> texts;
