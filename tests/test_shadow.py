@@ -174,7 +174,7 @@ def test_records_hold_shapes_and_no_contents(tmp_path: Path) -> None:
     shape = {
         "function": "sgl_kernel.flash_attn.flash_attn_with_kvcache", "served": "upstream", "batch": 3, "heads": 8,
         "q_len": 2, "q_tokens": 5, "ragged": True, "page_size": 1, "capacity": 64, "kv_lens": [7, 10, 13],
-        "dtype": "bfloat16", "causal": True, "return_lse": False, "fused": True, "lse_max_error": None,
+        "dtype": "bfloat16", "e4m3": False, "causal": True, "return_lse": False, "fused": True, "lse_max_error": None,
     }  # fmt: skip
     assert shape.items() <= rows[0].items()
     text = path.read_text()
