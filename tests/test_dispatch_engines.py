@@ -28,6 +28,7 @@ from dispatch_fixtures import (
     stub,
     vllm_call,
 )
+from engine_fixtures import REFUSAL, refusing_engine
 
 from etap_integration import numerics
 from etap_integration.dispatch import FallbackError, patched, reset_counts, status
@@ -224,16 +225,6 @@ def test_an_e4m3_cache_against_fp64(given: tuple[str, ...]) -> None:
         torch.testing.assert_close(lse[i, :, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def refusing(module: Any, name: str) -> None:
-    """Upstream's function as it is with such a cache."""
-    function = getattr(module, name)
-    source = (
-        f"def {name}{inspect.signature(function)}:\n    raise RuntimeError('query and key must have the same dtype')"
-    )
-    exec(source, function.__globals__)
-    setattr(module, name, function.__globals__[name])
-
-
 UNCOVERED = {
     "window_size": {"window_size": (64, 0)},
     "q_descale": {"q_descale": torch.ones(2, 1)},
@@ -248,13 +239,12 @@ UNCOVERED = {
 @pytest.mark.parametrize("reason", UNCOVERED)
 def test_where_etap_cannot_upstreams_error_stays(reason: str) -> None:
     """Counted as left to upstream; in strict mode the error is ours, with the reason."""
-    fa3, operator, changes = engine(FA3), Recorder(), dict(UNCOVERED[reason])
-    refusing(fa3, KV)
+    fa3, operator, changes = refusing_engine(), Recorder(), dict(UNCOVERED[reason])
     sizes = {name: changes.pop(name) for name in ("heads",) if name in changes}
     one = e4m3(kvcache_call(**sizes), **changes)
     with patched(FA3, operator=operator, machine=hopper):
         for _ in range(3):
-            with pytest.raises(RuntimeError, match="query and key must have the same dtype"):
+            with pytest.raises(RuntimeError, match=REFUSAL):
                 fa3.flash_attn_with_kvcache(**one)
         assert status().fallbacks == {reason: 3} and not operator.calls
         assert fa3.flash_attn_with_kvcache(**e4m3(kvcache_call())) == "out"
