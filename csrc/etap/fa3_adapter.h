@@ -1,5 +1,6 @@
 // What the patched FlashAttention-3 includes in flash_api.cpp and flash_api_stable.cpp: mha_fwd's arguments, after its
-// own checks, in the form that csrc/fa3/ judges and runs; and, before them, whether the cache may be ETAP's alone. Host C++ only; the tensor class is the including file's.
+// own checks, in the form that csrc/fa3/ judges and runs; and, before them, whether the cache may be ETAP's alone. Host
+// C++ only; the tensor class is the including file's.
 #pragma once
 
 #include <cuda_runtime_api.h>
