@@ -343,7 +343,7 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
 
     Args:
         problem, device, implementation: what, where, by which kernel.
-        p_parts: 16-bit parts of P in the `etap` kernel; None: 1 on an H20, else as `etap_tile` has it.
+        p_parts: 16-bit parts of P in the `etap` kernel; None: what the operator has, 1 on an H20, else as `etap_tile`.
 
     Raises ValueError where the implementation has no kernel for the problem's cache.
     """
