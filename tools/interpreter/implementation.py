@@ -18,6 +18,7 @@ class Interpreted:
 
     def __init__(self, module: ModuleType, *, seed: int = 0, sms: int = 4, check_races: bool = True) -> None:
         self.module, self.seed, self.sms, self.check_races = module, seed, sms, check_races
+        self.changes: dict[str, Any] = {}  # to the kernel's parameters: what only the upstream adapters set
         self.workspaces: dict[tuple[int, int], Tensor] = {}
 
     def workspace(self, num_ctas: int, row_tile: int) -> Tensor:
@@ -74,6 +75,7 @@ class Interpreted:
             "lse": lse, "cache_seqlens": cache_seqlens, "cu_seqlens_q": cu_seqlens_q,
             "cache_batch_idx": cache_batch_idx,
         }  # fmt: skip
+        fields |= self.changes
         memory = []
         for name, value in fields.items():
             if isinstance(value, Tensor):
