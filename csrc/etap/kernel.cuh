@@ -6,7 +6,7 @@
 //   all consumers              merge of the rows that several CTAs hold parts of
 #pragma once
 
-#include "consumer_e4m3.cuh"
+#include "consumer_groups.cuh"
 #include "merge.cuh"
 #include "producer.cuh"
 
@@ -29,7 +29,14 @@ ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   }
   if (lane < kPieceBuffers) {
     smem.control.piece_full[lane].init(1);
-    smem.control.piece_empty[lane].init(p.box_rows ? 9 : 12);  // consumer and loading warps
+    int const scale_warps = Cfg::kGroups && p.group_scale != nullptr;  // beside TMA
+    smem.control.piece_empty[lane].init(p.box_rows ? 9 + scale_warps : 12);  // consumer and loading warps
+  }
+  if constexpr (Cfg::kGroups) {
+    if (lane < kScaleTiles) {
+      smem.control.scales_full[lane].init(p.box_rows ? 32 : 128);
+      smem.control.scales_empty[lane].init(4);
+    }
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -39,6 +46,7 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
   int const thread = group * 128 + warp * 32 + lane;
   ConsumerState<Cfg> st;
   st.group = group, st.warp = warp, st.lane = lane;
+  uint32_t tiles_before = 0;  // of this CTA
   ETAP_ROLLED
   for (int index = 0;; ++index) {
     PieceInfo const& piece = await_piece(smem, index);
@@ -46,7 +54,9 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     int piece_thread = thread;
     asm volatile("" : "+r"(piece_thread));  // else addresses that it gives are kept, spilled, from piece to piece
     target_rows<Cfg>(p, smem.control.rows[piece.table], piece, piece_thread);
-    if constexpr (Cfg::kE4m3) {
+    if constexpr (Cfg::kGroups) {
+      load_query_groups<T>(p, smem, piece, piece_thread);
+    } else if constexpr (Cfg::kE4m3) {
       load_query_e4m3<T>(p, smem, piece, piece_thread);
     } else {
       load_query(p, smem, piece, piece_thread);
@@ -55,7 +65,10 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
     sync_consumers();
     st.reset();
-    if constexpr (Cfg::kE4m3) {
+    if constexpr (Cfg::kGroups) {
+      consume_tiles_groups<T>(p, smem, st, piece, mask, tiles_before);
+      tiles_before += tiles;
+    } else if constexpr (Cfg::kE4m3) {
       consume_tiles_e4m3(p, smem, st, piece, mask);
     } else {
       ETAP_ROLLED
