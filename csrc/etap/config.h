@@ -73,6 +73,7 @@ struct TileConfig {
   // for at a time; less where O^T leaves few registers.
   static constexpr int kProductSets = kPvRows <= 16 ? 2 : 1;
   static constexpr int kKeySteps = kPvRows <= 16 ? 4 : 2;
+  static constexpr bool kParksStatistics = RowTile == 32;  // in shared memory meanwhile
   static constexpr int kQueryChunks = kTileChunks + (kE4m3 && !kGroups);  // kE4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile

@@ -298,19 +298,92 @@ ETAP_DEVICE bool write_versions(ConsumerState<Cfg> const& st, uint32_t prob, flo
   return exceeds;
 }
 
-// One tile of a warpgroup that owns whole tiles. `turn` alternates per tile, where P^T has two buffers.
+// accumulate_tile_e4m3 where registers are short: fragments for two steps of k16 at a time, nothing loaded ahead.
+template <class Cfg>
+ETAP_DEVICE void accumulate_tile_narrow(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
+                                        LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
+  uint32_t const p_low = descriptor_low(prob);
+  uint32_t values = chunk_address(smem, at) + offsets.values;
+#pragma unroll
+  for (int g = 0; g < 2 * kLatentChunks; ++g) {
+    int const c = g / 2, half = g % 2;  // half of the keys
+    Group& a = pipe.a[g & 1];
+    if (g % 4 == 0 && g > 0) {
+      at.advance();
+      values = chunk_address(smem, at) + offsets.values;
+    }
+    load_matrices_transposed(pipe.bytes, 0, (values ^ (c % 2 * 64)) + half * 32 * 128);
+    if (g >= 2) cute::warpgroup_wait<1>();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      widen(__byte_perm(pipe.bytes[i], 0, 0x3120), a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1]);
+    }
+    if (g % 4 == 3) release_chunk(smem, at, st.lane);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        uint32_t const from = c / 2 * Cfg::kProbBytes + part * Cfg::kRowTile * 128 + (2 * half + j) * 32;
+        wgmma<Cfg::kPvRows>(a[j], descriptor(p_low + from / kDescriptorUnit), st.out[c], ScaleOut::One);
+      }
+    }
+    cute::warpgroup_commit_batch();
+  }
+}
+
+// With 32 rows registers are short while S^T is computed: a thread's statistics wait where P^T will be, in units of 16
+// bytes that its own warp writes. Unit k is half of the columns of version k / 2, in row `lane`.
+template <class Cfg>
+struct ParkedStatistics {
+  static constexpr int kUnits = ConsumerState<Cfg>::kStats / 4;
+  uint8_t* prob;
+
+  ETAP_DEVICE float4& unit(ConsumerState<Cfg> const& st, int k) const {
+    static_assert(2 * kUnits <= 2 * kScaleGroups && Cfg::kProbTurns == 1);
+    return *reinterpret_cast<float4*>(prob + k / 2 * Cfg::kProbBytes + swizzled(st.lane, 2 * st.warp + k % 2));
+  }
+  ETAP_DEVICE void park(ConsumerState<Cfg> const& st) const {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      float const *a = st.sum + 4 * k, *b = st.reference + 4 * k;
+      unit(st, k) = make_float4(a[0], a[1], a[2], a[3]);
+      unit(st, kUnits + k) = make_float4(b[0], b[1], b[2], b[3]);
+    }
+  }
+  ETAP_DEVICE void fetch(ConsumerState<Cfg>& st) const {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      float4 const a = unit(st, k), b = unit(st, kUnits + k);
+      float *sum = st.sum + 4 * k, *reference = st.reference + 4 * k;
+      sum[0] = a.x, sum[1] = a.y, sum[2] = a.z, sum[3] = a.w;
+      reference[0] = b.x, reference[1] = b.y, reference[2] = b.z, reference[3] = b.w;
+    }
+    __syncwarp();  // P^T may be written
+  }
+};
+
+// The i-th tile of a piece.
 template <class T, class Cfg>
 ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
-                                     E4m3Pipeline& pipe, LaneOffsets const& offsets, MaskBounds const& mask, RingPosition<Cfg> at, ScalePosition scales_at, int tile,
-                                     int turn) {
+                                     E4m3Pipeline& pipe, PieceInfo const& piece, int i) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
-  RingPosition<Cfg> const latent = at.ahead(1);
+  auto const at = RingPosition<Cfg>::at(piece.first_chunk + i * Cfg::kRingTile), latent = at.ahead(1);
+  auto const scales_at = ScalePosition::at(piece.first_tile + i);
+  uint8_t* const prob_bytes = smem.prob[Cfg::kProbTurns * st.group + i / 2 % Cfg::kProbTurns];
+  // Else what follows from it is kept, and other things spilled.
+  if (Cfg::kParksStatistics) asm volatile("" : "+r"(st.lane));
+  LaneOffsets const offsets(st.warp, st.lane);
   float scores[Cfg::kRowTile / 2];
+  if constexpr (Cfg::kParksStatistics) ParkedStatistics<Cfg>{prob_bytes}.park(st);
   score_tile_groups<T>(p, smem, st, pipe, offsets, at, scales_at, scores);
-  int const end = (tile + 1) * kTileKeys, valid = mask.len - tile * kTileKeys;
-  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
+  if constexpr (Cfg::kParksStatistics) ParkedStatistics<Cfg>{prob_bytes}.fetch(st);
+  if (Cfg::kParksStatistics) asm volatile("" : "+r"(st.lane));
+  int const tile = piece.begin + i, valid = piece.len - tile * kTileKeys;
+  MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
+  if (valid < kTileKeys || (p.causal && valid < kTileKeys + piece.q_len - 1)) {
     mask_scores(p, mask, st, tile, scores);
-    if (end > mask.len) {
+    if (valid < kTileKeys) {
       clear_tail(smem, at, valid, st.warp * 32 + st.lane, 128);
       sync_group(st.group);
       if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, chunk_address(smem, latent) + offsets.values, 0);
@@ -319,7 +392,7 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
   float4 const* const scales = smem.control.scales[scales_at.slot];
   uint4& powers = smem.control.power[st.group][st.warp];
   raise_powers(powers, scales, valid, st);
-  uint32_t const prob = shared_address(smem.prob[Cfg::kProbTurns * st.group + turn]);
+  uint32_t const prob = shared_address(prob_bytes);
   float tile_sum[kStats];
   bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
   ETAP_ROLLED
@@ -331,25 +404,26 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
   if (p.group_scale && st.lane == 0) smem.control.scales_empty[scales_at.slot].arrive();
 #pragma unroll
   for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
-  accumulate_tile_e4m3(smem, st, pipe, offsets, latent, prob);
+  if constexpr (Cfg::kKeySteps == 2) {
+    accumulate_tile_narrow(smem, st, pipe, offsets, latent, prob);
+  } else {
+    accumulate_tile_e4m3(smem, st, pipe, offsets, latent, prob);
+  }
   cute::warpgroup_wait<0>();
   if (Cfg::kProbTurns == 1) sync_group(st.group);  // P^T may be written again
 }
 
-// This warpgroup's tiles of a piece: every second one. `tiles_before`: of this CTA, since launch.
+// This warpgroup's tiles of a piece: every second one. The piece is read again for each: kept, it would take registers.
 template <class T, class Cfg>
 ETAP_DEVICE void consume_tiles_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
-                                      PieceInfo const& piece, MaskBounds const& mask, uint32_t tiles_before) {
-  int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
-  LaneOffsets const offsets(st.warp, st.lane);
+                                      PieceInfo const& piece) {
   E4m3Pipeline pipe;
   uint4& powers = smem.control.power[st.group][st.warp];
   if (st.lane == 0) powers = make_uint4(kLeastPower, kLeastPower, kLeastPower, kLeastPower);
   __syncwarp();
   ETAP_ROLLED
-  for (int i = st.group; i < tiles; i += kConsumerGroups) {
-    consume_tile_groups<T>(p, smem, st, pipe, offsets, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile),
-                           ScalePosition::at(tiles_before + i), begin + i, i / 2 % Cfg::kProbTurns);
+  for (int i = st.group; i < piece.end - piece.begin; i += kConsumerGroups) {
+    consume_tile_groups<T>(p, smem, st, pipe, piece, i);
   }
   cute::warpgroup_wait<0>();
   multiply_groups(st, [&](int g) { return restoring_factor(reinterpret_cast<uint32_t const*>(&powers)[g]); });

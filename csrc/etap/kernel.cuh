@@ -46,7 +46,6 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
   int const thread = group * 128 + warp * 32 + lane;
   ConsumerState<Cfg> st;
   st.group = group, st.warp = warp, st.lane = lane;
-  uint32_t tiles_before = 0;  // of this CTA
   ETAP_ROLLED
   for (int index = 0;; ++index) {
     PieceInfo const& piece = await_piece(smem, index);
@@ -66,8 +65,7 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     sync_consumers();
     st.reset();
     if constexpr (Cfg::kGroups) {
-      consume_tiles_groups<T>(p, smem, st, piece, mask, tiles_before);
-      tiles_before += tiles;
+      consume_tiles_groups<T>(p, smem, st, piece);
     } else if constexpr (Cfg::kE4m3) {
       consume_tiles_e4m3(p, smem, st, piece, mask);
     } else {
@@ -76,7 +74,9 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
         consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
       }
     }
-    finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(chunk + tiles * Cfg::kRingTile));
+    int lent = chunk + tiles * Cfg::kRingTile;
+    if constexpr (Cfg::kGroups) lent = piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
+    finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
     if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
     release_piece(smem, index, lane);
   }

@@ -123,7 +123,7 @@ ETAP_DEVICE void copy_scales(MlaDecodeParams const& p, KeyPlace place, float4& t
 // Beside TMA, one warp loads the scales of all pieces. The copies arrive at the barrier by themselves, as the gathers'.
 template <class Cfg>
 ETAP_DEVICE void load_piece_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
-                                   ScalePosition& at, int lane) {
+                                   int lane) {
   int const request = piece.request, len = piece.len, begin = piece.begin, end = piece.end;
   int const* const pages = piece.pages;
   KeyPlace next[2] = {{0, -1}, {0, -1}};
@@ -137,36 +137,36 @@ ETAP_DEVICE void load_piece_scales(MlaDecodeParams const& p, SharedStorage<Cfg>&
       next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < begin) continue;
+    auto const at = ScalePosition::at(piece.first_tile + tile - begin);
     smem.control.scales_empty[at.slot].wait(at.parity ^ 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (place[i].row >= 0) copy_scales(p, place[i], smem.control.scales[at.slot][lane + 32 * i]);
     }
     cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.scales_full[at.slot]));
-    at.advance();
   }
 }
 
 template <class Cfg>
 ETAP_DEVICE void produce_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
-  ScalePosition at{0, 0};
   ETAP_ROLLED
   for (int index = 0;; ++index) {
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
-    load_piece_scales(p, smem, piece, at, lane);
+    load_piece_scales(p, smem, piece, lane);
     release_piece(smem, index, lane);
   }
 }
 
-// In a gather, 64 of the threads take one key each. All 128 call this; `row` < 0: no key, or none of this thread's.
+// In a gather, 64 of the threads take one key each. All 128 call this for the n-th tile since launch; `row` < 0: no key,
+// or none of this thread's.
 template <class Cfg>
 ETAP_DEVICE void gather_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, KeyPlace place, int key,
-                               ScalePosition& at) {
+                               int n) {
+  auto const at = ScalePosition::at(n);
   smem.control.scales_empty[at.slot].wait(at.parity ^ 1);
   if (place.row >= 0) copy_scales(p, place, smem.control.scales[at.slot][key]);
   cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.scales_full[at.slot]));
-  at.advance();
 }
 
 // ---- gathers
@@ -182,7 +182,7 @@ ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int const* pages, in
 // barrier; the consumers fence between the proxies.
 template <class Cfg>
 ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
-                                   RingPosition<Cfg>& at, ScalePosition& scales_at, int thread) {
+                                   RingPosition<Cfg>& at, int thread) {
   using Element = CacheElement<Cfg>;
   constexpr int kRows = 4;  // rows of a tile that one thread copies 16 bytes of, per chunk
   constexpr int kVector = 16 / sizeof(Element);
@@ -212,7 +212,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 #pragma unroll
       for (int i = 1; i < kRows; ++i) own = col16 == i ? place[i] : own;
       if (col16 >= kRows) own.row = -1;
-      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, scales_at);
+      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, piece.first_tile + tile - piece.begin);
     }
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
@@ -250,7 +250,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 // Rows that are not 16-byte aligned: element by element, through registers.
 template <class Cfg>
 ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
-                                     RingPosition<Cfg>& at, ScalePosition& scales_at, int thread) {
+                                     RingPosition<Cfg>& at, int thread) {
   using Element = CacheElement<Cfg>;
   constexpr int kVector = 16 / sizeof(Element);
   int const col16 = thread % 8;
@@ -263,7 +263,7 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
         int const key = tile * kTileKeys + thread;
         bool const loads = thread < kTileKeys && key < piece.len;
         KeyPlace const place = loads ? locate_key(p, piece.request, piece.pages, key) : KeyPlace{0, -1};
-        gather_scales(p, smem, place, thread, scales_at);
+        gather_scales(p, smem, place, thread, piece.first_tile + tile - piece.begin);
       }
     }
     smem.control.empty[at.slot].wait(at.parity ^ 1);
@@ -296,7 +296,6 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
     return;
   }
   RingPosition<Cfg> at{0, 0};
-  ScalePosition scales_at{0, 0};
   ETAP_ROLLED
   for (int index = 0;; ++index) {
     if (warp == 0) post_piece(p, smem, index, lane);
@@ -305,9 +304,9 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
     if (!gather) {
       load_piece_tma(p, ckv_map, kpe_map, smem, piece, at, lane);
     } else if (p.gather_16b) {
-      load_piece_gather(p, smem, piece, at, scales_at, warp * 32 + lane);
+      load_piece_gather(p, smem, piece, at, warp * 32 + lane);
     } else {
-      load_piece_elements(p, smem, piece, at, scales_at, warp * 32 + lane);
+      load_piece_elements(p, smem, piece, at, warp * 32 + lane);
     }
     lend_chunks(smem, at, piece, gather || lane == 0);
     release_piece(smem, index, lane);

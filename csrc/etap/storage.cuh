@@ -35,11 +35,6 @@ struct ScalePosition {
 
   // Of the n-th tile since launch.
   static ETAP_DEVICE ScalePosition at(uint32_t n) { return {n % kScaleTiles, (n / kScaleTiles) & 1}; }
-  ETAP_DEVICE void advance() {
-    if (++slot < kScaleTiles) return;
-    slot = 0;
-    parity ^= 1;
-  }
 };
 
 // A piece as the CTA's roles share it.
@@ -50,6 +45,7 @@ struct PieceInfo : Piece {
   int q_len;        // its query tokens
   int first_chunk;  // chunks of this CTA before it, since launch
   int table;        // which RowTarget table it has: its number among the pending pieces, or 2 or 3 in turn
+  int first_tile;   // tiles of this CTA before it, since launch; only where the cache has scales of groups
 };
 
 // Where an output row goes, in elements; out < 0: not a row of the request.
@@ -90,7 +86,7 @@ struct alignas(1024) SharedStorage {
     EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
-    int next_chunk, num_pending;       // behind the last piece posted
+    int next_chunk, next_tile, num_pending;  // behind the last piece posted
     uint32_t epoch;                    // of the workspace
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
   } control;
