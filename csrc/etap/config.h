@@ -69,11 +69,7 @@ struct TileConfig {
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T
-  // kGroups: accumulators of S^T that chunks use in turn before they are added up, and steps of k16 that K is widened
-  // for at a time; less where O^T leaves few registers.
-  static constexpr int kProductSets = kPvRows <= 16 ? 2 : 1;
-  static constexpr int kKeySteps = kPvRows <= 16 ? 4 : 2;
-  static constexpr bool kParksStatistics = RowTile == 32;  // in shared memory meanwhile
+  static constexpr bool kParksStatistics = kGroups && RowTile == 32;  // in shared memory, while S^T is computed
   static constexpr int kQueryChunks = kTileChunks + (kE4m3 && !kGroups);  // kE4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
@@ -83,7 +79,7 @@ struct TileConfig {
   static constexpr int kProbBuffers = kProbTurns * kConsumerGroups;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
   static constexpr int kExchangeChunks = RowTile / 4;
-  static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 256 + 4 * RowTile : 0;
+  static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
   static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes;  // statistics, pieces, barriers
   static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;

@@ -13,177 +13,9 @@
 // A scale 2^20 times smaller than the largest still has all 11 bits where P is 1 or more.
 #pragma once
 
-#include "consumer_e4m3.cuh"
+#include "score_groups.cuh"
 
 namespace etap {
-
-// Loads the piece's query rows: the latent part as fp16, each row times a power of two; the rope part likewise, with a
-// power of its own, or as it is where the cache's is of the same type.
-template <class T, class Cfg>
-ETAP_DEVICE void load_query_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
-                                   int thread) {
-  using Vectors = QueryVectors<Cfg>;
-  int const r = thread / Vectors::kLanes, lane = thread % Vectors::kLanes;
-  Vectors const q(p, piece, thread);
-  float const ckv_scale = latent_scale(p, piece.request);  // 1 beside scales of groups
-  QueryScale const latent(largest_of_row<Cfg>(q.template latent_exponent<T>()));
-  if (thread == 0) smem.control.value_scale[piece.table] = ckv_scale;
-  if (lane == 0) smem.control.row_scale[r] = finite_factor(p.scale_log2 * ckv_scale * latent.down);
-#pragma unroll
-  for (int k = 0; k < Vectors::kLatent; ++k) {
-    int const v = lane + k * Vectors::kLanes;
-    store_query_scaled<T>(smem.query[v / 8], r, v % 8, q.latent[k], latent.up);
-  }
-  if constexpr (Cfg::kRope16) {
-    if (lane < 8) *reinterpret_cast<uint4*>(smem.query[kLatentChunks] + swizzled(r, lane)) = q.rope;
-  } else {
-    QueryScale const rope(largest_of_row<Cfg>(q.template rope_exponent<T>()));
-    if (lane == 0) {
-      smem.control.rope_scale[r] = finite_factor(p.scale_log2 * rope_scale(p, piece.request) * rope.down);
-    }
-    if (lane < 8) store_query_scaled<T>(smem.query[kLatentChunks], r, lane, q.rope, rope.up);
-  }
-  if (!p.group_scale) {  // nobody else writes them
-    ETAP_ROLLED
-    for (int i = thread; i < kScaleTiles * kTileKeys; i += kConsumerThreads) {
-      smem.control.scales[i / kTileKeys][i % kTileKeys] = make_float4(1, 1, 1, 1);
-    }
-  }
-  cutlass::arch::fence_view_async_shared();
-}
-
-// The group of columns that the c-th latent chunk of a tile is: see latent_chunk.
-ETAP_DEVICE int scale_group(int c, int group) { return c ^ (group * (kScaleGroups / 2)); }
-
-// Keeps a use of wgmma's results behind the wait for them.
-template <int N>
-ETAP_DEVICE void fence_results(float (&d)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(d[i]);
-}
-
-// Adds a chunk's products to the scores. `low`, `high`: its scales for the thread's two keys.
-template <class Cfg>
-ETAP_DEVICE void add_products(SharedStorage<Cfg> const& smem, ConsumerState<Cfg> const& st, float low, float high,
-                              float (&products)[Cfg::kRowTile / 2], float (&scores)[Cfg::kRowTile / 2]) {
-  fence_results(products);
-#pragma unroll
-  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
-    float const factor = smem.control.row_scale[st.row_of(i)];
-    int const at = 4 * (i / 2) + (i & 1);
-    scores[at] = fmaf(products[at], low * factor, scores[at]);
-    scores[at + 2] = fmaf(products[at + 2], high * factor, scores[at + 2]);
-  }
-}
-
-// The rope chunk's products, left in flight.
-template <class T, class Cfg>
-ETAP_DEVICE void score_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, E4m3Pipeline& pipe,
-                            LaneOffsets const& offsets, RingPosition<Cfg> at, int lane,
-                            float (&scores)[Cfg::kRowTile / 2]) {
-  constexpr uint32_t kStep = 32 / kDescriptorUnit;
-  uint32_t const query = descriptor_low(shared_address(smem.query[kLatentChunks])), keys = chunk_address(smem, at);
-  smem.control.full[at.slot].wait(at.parity);
-  if constexpr (Cfg::kRope16) {
-    if (p.box_rows == 0) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(descriptor_low(keys) + j * kStep), descriptor(query + j * kStep),
-                                        scores, j == 0 ? ScaleOut::Zero : ScaleOut::One);
-    }
-  } else {
-    load_rope_group(pipe.bytes, keys + offsets.rope);
-    widen_keys(pipe.bytes, pipe.a[0]);
-    release_chunk(smem, at, lane);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      wgmma<Cfg::kRowTile>(pipe.a[0][j], descriptor(query + j * kStep), scores,
-                           j == 0 ? ScaleOut::Zero : ScaleOut::One);
-    }
-  }
-  cute::warpgroup_commit_batch();
-}
-
-// S^T of one tile, in log2 units. With kLoadsAhead, the bytes of the first block of V^T are there at the end.
-template <class T, class Cfg>
-ETAP_DEVICE void score_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
-                                   E4m3Pipeline& pipe, LaneOffsets const& offsets, RingPosition<Cfg> at,
-                                   ScalePosition scales_at, float (&scores)[Cfg::kRowTile / 2]) {
-  constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
-  constexpr int kSteps = Cfg::kKeySteps, kParts = Cfg::kRingCols / (16 * kSteps);  // of a chunk
-  constexpr int kSets = Cfg::kProductSets, kAll = Cfg::kRingLatent * kParts;
-  uint32_t const query = descriptor_low(shared_address(smem.query));
-  uint32_t const values = chunk_address(smem, at.ahead(1)) + offsets.values;
-  RingPosition<Cfg> const rope = at;
-  float const* const scales =
-      reinterpret_cast<float const*>(&smem.control.scales[scales_at.slot][st.warp * 16 + st.lane / 4]);
-  float products[kSets][Cfg::kRowTile / 2];  // of chunks in turn
-  float low = 0, high = 0;                   // scales of the chunk that is added next
-  uint32_t keys = 0;
-  auto load = [&](int g) {  // bytes of the g-th group of fragments
-    if (g % kParts == 0) {
-      at.advance();
-      smem.control.full[at.slot].wait(at.parity);
-      keys = chunk_address(smem, at) + offsets.keys;
-    }
-#pragma unroll
-    for (int j = 0; j < kSteps; j += 2) load_matrices(pipe.bytes, 2 * j, keys ^ ((g % kParts * kSteps + j) * 16));
-  };
-  auto load_scales = [&](int c) {
-    int const i = scale_group(c, st.group);
-    low = scales[i];
-    high = scales[8 * kScaleGroups + i];
-  };
-  score_rope<T>(p, smem, pipe, offsets, at, st.lane, scores);
-  if (p.group_scale) smem.control.scales_full[scales_at.slot].wait(scales_at.parity);
-  if (Cfg::kLoadsAhead) load(0);
-#pragma unroll
-  for (int g = 0; g < kAll; ++g) {
-    int const c = g / kParts, part = g % kParts;
-    Group& a = pipe.a[(g + 1) & 1];  // the rope chunk had 0
-    bool const adds = c > 0 && part == kSets - 1;  // the chunk before
-    if (adds) load_scales(c - 1);
-    if (adds && kSets == 1) {  // before there are fragments, which take registers
-      cute::warpgroup_wait<0>();
-      add_products(smem, st, low, high, products[0], scores);
-    }
-    if (!Cfg::kLoadsAhead) load(g);
-    if (g > 0) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      widen(pipe.bytes[2 * j], a[j][0], a[j][2]);
-      widen(pipe.bytes[2 * j + 1], a[j][1], a[j][3]);
-    }
-    if (Cfg::kLoadsAhead && part + 1 < kParts) load(g + 1);
-    if (g == 1) {  // the rope chunk is done with
-      if (Cfg::kRope16) release_chunk(smem, rope, st.lane);
-      fence_results(scores);
-#pragma unroll
-      for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
-        float factor = p.scale_log2;
-        if constexpr (!Cfg::kRope16) factor = smem.control.rope_scale[st.row_of(i)];
-        scores[4 * (i / 2) + (i & 1)] *= factor;
-        scores[4 * (i / 2) + 2 + (i & 1)] *= factor;
-      }
-    }
-    if (adds && kSets == 2) add_products(smem, st, low, high, products[(c - 1) % kSets], scores);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      int const step = part * kSteps + j;
-      uint32_t const q = query + latent_chunk(2 * c + step / 4, st.group) * kQueryChunk + step % 4 * kStep;
-      wgmma<Cfg::kRowTile>(a[j], descriptor(q), products[c % kSets], step == 0 ? ScaleOut::Zero : ScaleOut::One);
-    }
-    cute::warpgroup_commit_batch();
-    if (Cfg::kLoadsAhead && part + 1 == kParts && g + 1 < kAll) load(g + 1);  // it may have to wait for its chunk
-  }
-  load_scales(Cfg::kRingLatent - 1);
-  if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
-  cute::warpgroup_wait<0>();
-  add_products(smem, st, low, high, products[(Cfg::kRingLatent - 1) % kSets], scores);
-}
 
 // What the scales of a group of columns are divided by, as P x scale goes to fp16: 2^(power - 133), where the power is the
 // largest biased exponent of them so far, and at least kLeastPower, so that all factors are normal.
@@ -302,7 +134,8 @@ ETAP_DEVICE bool write_versions(ConsumerState<Cfg> const& st, uint32_t prob, flo
 template <class Cfg>
 ETAP_DEVICE void accumulate_tile_narrow(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                         LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
-  uint32_t const p_low = descriptor_low(prob);
+  uint32_t p_low = descriptor_low(prob);
+  asm volatile("" : "+r"(p_low));  // else all descriptors are worked out long before, and spilled
   uint32_t values = chunk_address(smem, at) + offsets.values;
 #pragma unroll
   for (int g = 0; g < 2 * kLatentChunks; ++g) {
@@ -363,22 +196,26 @@ struct ParkedStatistics {
   }
 };
 
-// The i-th tile of a piece.
+// The i-th tile of a piece. What follows from the lane and from the piece is worked out twice, before and behind S^T:
+// kept, it would take registers.
 template <class T, class Cfg>
 ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                                      E4m3Pipeline& pipe, PieceInfo const& piece, int i) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
-  auto const at = RingPosition<Cfg>::at(piece.first_chunk + i * Cfg::kRingTile), latent = at.ahead(1);
-  auto const scales_at = ScalePosition::at(piece.first_tile + i);
+  auto const position = [&] { return RingPosition<Cfg>::at(piece.first_chunk + i * Cfg::kRingTile); };
+  auto const scale_position = [&] { return ScalePosition::at(first_tile(smem, piece) + i); };
+  auto const lane_offsets = [&] {
+    if (Cfg::kParksStatistics) asm volatile("" : "+r"(st.lane));
+    return LaneOffsets(st.warp, st.lane);
+  };
   uint8_t* const prob_bytes = smem.prob[Cfg::kProbTurns * st.group + i / 2 % Cfg::kProbTurns];
-  // Else what follows from it is kept, and other things spilled.
-  if (Cfg::kParksStatistics) asm volatile("" : "+r"(st.lane));
-  LaneOffsets const offsets(st.warp, st.lane);
   float scores[Cfg::kRowTile / 2];
   if constexpr (Cfg::kParksStatistics) ParkedStatistics<Cfg>{prob_bytes}.park(st);
-  score_tile_groups<T>(p, smem, st, pipe, offsets, at, scales_at, scores);
+  score_tile_groups<T>(p, smem, st, pipe, lane_offsets(), position(), scale_position(), scores);
   if constexpr (Cfg::kParksStatistics) ParkedStatistics<Cfg>{prob_bytes}.fetch(st);
-  if (Cfg::kParksStatistics) asm volatile("" : "+r"(st.lane));
+  LaneOffsets const offsets = lane_offsets();
+  RingPosition<Cfg> const at = position(), latent = at.ahead(1);
+  ScalePosition const scales_at = scale_position();
   int const tile = piece.begin + i, valid = piece.len - tile * kTileKeys;
   MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
   if (valid < kTileKeys || (p.causal && valid < kTileKeys + piece.q_len - 1)) {
@@ -403,11 +240,11 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
   } while (raise);
   if (p.group_scale && st.lane == 0) smem.control.scales_empty[scales_at.slot].arrive();
 #pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
-  if constexpr (Cfg::kKeySteps == 2) {
-    accumulate_tile_narrow(smem, st, pipe, offsets, latent, prob);
-  } else {
+  for (int k = 0; k < kStats; ++k) st.sum[k] += tile_sum[k];
+  if constexpr (Cfg::kLoadsAhead) {
     accumulate_tile_e4m3(smem, st, pipe, offsets, latent, prob);
+  } else {
+    accumulate_tile_narrow(smem, st, pipe, offsets, latent, prob);
   }
   cute::warpgroup_wait<0>();
   if (Cfg::kProbTurns == 1) sync_group(st.group);  // P^T may be written again

@@ -29,7 +29,7 @@ int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 // 2, but 1 on an H20 (the Hopper GPU with 78 SMs), where the tensor cores are the limit, and for an e4m3 cache, whose P is
 // float16.
 constexpr int default_p_parts(CacheFormat cache, int sms) {
-  return cache == CacheFormat::kE4m3 || sms == 78 ? 1 : 2;
+  return cache != CacheFormat::kQueryType || sms == 78 ? 1 : 2;
 }
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it

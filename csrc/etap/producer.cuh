@@ -137,7 +137,7 @@ ETAP_DEVICE void load_piece_scales(MlaDecodeParams const& p, SharedStorage<Cfg>&
       next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < begin) continue;
-    auto const at = ScalePosition::at(piece.first_tile + tile - begin);
+    auto const at = ScalePosition::at(first_tile(smem, piece) + tile - begin);
     smem.control.scales_empty[at.slot].wait(at.parity ^ 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -212,7 +212,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 #pragma unroll
       for (int i = 1; i < kRows; ++i) own = col16 == i ? place[i] : own;
       if (col16 >= kRows) own.row = -1;
-      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, piece.first_tile + tile - piece.begin);
+      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, first_tile(smem, piece) + tile - piece.begin);
     }
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
@@ -263,7 +263,7 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
         int const key = tile * kTileKeys + thread;
         bool const loads = thread < kTileKeys && key < piece.len;
         KeyPlace const place = loads ? locate_key(p, piece.request, piece.pages, key) : KeyPlace{0, -1};
-        gather_scales(p, smem, place, thread, piece.first_tile + tile - piece.begin);
+        gather_scales(p, smem, place, thread, first_tile(smem, piece) + tile - piece.begin);
       }
     }
     smem.control.empty[at.slot].wait(at.parity ^ 1);

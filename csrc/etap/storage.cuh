@@ -45,7 +45,6 @@ struct PieceInfo : Piece {
   int q_len;        // its query tokens
   int first_chunk;  // chunks of this CTA before it, since launch
   int table;        // which RowTarget table it has: its number among the pending pieces, or 2 or 3 in turn
-  int first_tile;   // tiles of this CTA before it, since launch; only where the cache has scales of groups
 };
 
 // Where an output row goes, in elements; out < 0: not a row of the request.
@@ -63,6 +62,8 @@ struct ScaleStorage<Cfg, true> {
   float rope_scale[Cfg::kRowTile];         // a rope score's factor to log2 units, where the rope part is e4m3
   FullBarrier scales_full[kScaleTiles];    // one arrival per thread that loads scales: 32 beside TMA, else 128
   EmptyBarrier scales_empty[kScaleTiles];  // one arrival per warp of the warpgroup that the tile belongs to
+  int first_tile[kPieceBuffers];           // of each of Control::piece: tiles of this CTA before it, since launch
+  int next_tile;                           // behind the last piece posted
 };
 
 template <class Cfg>
@@ -86,12 +87,18 @@ struct alignas(1024) SharedStorage {
     EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
-    int next_chunk, next_tile, num_pending;  // behind the last piece posted
+    int next_chunk, num_pending;       // behind the last piece posted
     uint32_t epoch;                    // of the workspace
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
 };
+
+// Tiles of this CTA before a piece, since launch.
+template <class Cfg>
+ETAP_DEVICE int& first_tile(SharedStorage<Cfg>& smem, PieceInfo const& piece) {
+  return smem.control.first_tile[&piece - smem.control.piece];
+}
 
 // ---- lengths
 ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
