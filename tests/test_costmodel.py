@@ -17,7 +17,7 @@ from tools.bench.paper import LENGTHS, PAPER
 
 H200, H20 = GPUS["h200"], GPUS["h20"]
 
-# µs on one H200, cold L2, launch included, bf16, 16 heads (docs/kernel-log.md, docs/cost-model.md)
+# µs on one H200, cold L2, launch included, bf16, 16 heads (docs/kernel-log.md, docs/measuring.md)
 MEASURED = {
     "batch 16": [
         (Problem(16, kv_len), dict(zip(("floor", *list(IMPLEMENTATIONS)[:4]), times, strict=True)))

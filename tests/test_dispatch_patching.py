@@ -75,7 +75,11 @@ def test_enabling_again_with_other_options_is_refused(fa3: ModuleType, options: 
     enable(FA3, **options)
     with pytest.raises(ValueError, match=r"enabled already.*max_rows=64.*disable\(\) first"):
         enable(FA3, **options, max_rows=16)
-    assert getattr(fa3, F)(**kvcache_call(heads=24)) == "out"
+    more_than_16 = kvcache_call(heads=24, batch=5)  # of fewer requests they would be upstream's by a measured rule
+    assert getattr(fa3, F)(**more_than_16) == "out"  # the refused limit does not hold
+    disable()
+    enable(FA3, **options, max_rows=16)
+    assert getattr(fa3, F)(**more_than_16) == "upstream" and status().fallbacks == {"too many query rows": 1}
 
 
 def test_nothing_installed(options: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def test_the_operator_gets_the_same_both_times(
 
 DIFFERENT = [
     {"heads": 8},
-    {"sq": 2},
+    {"sq": 2, "heads": 8},  # as many rows: no measured rule sends it away
     {"batch": 4},
     {"causal": True},
     {"softmax_scale": 0.5},

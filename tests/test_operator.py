@@ -86,13 +86,15 @@ def test_scales_reach_the_kernel(stand_in: list[tuple]) -> None:
     built = build(Problem(lengths=(70, 3), e4m3=True), "cpu")
     mla_decode(*built.args)
     assert stand_in[-1][13:] == (1, None, None, 1.0, 1.0, None)
-    each = torch.tensor([0.5, 0.25])
     mla_decode(*built.args, kpe_scale=2)
     assert stand_in[-1][14:] == (None, None, 1.0, 2.0, None)
     mla_decode(*built.args, ckv_scale=torch.tensor(0.5), kpe_scale=torch.empty(0))
-    assert stand_in[-1][14].item() == 0.5
-    assert ops._scale_arguments(each, None) == (each, None, 1.0, 1.0)
-    assert ops._scale_arguments(0.5, torch.empty(0)) == (None, None, 0.5, 1.0)
+    assert stand_in[-1][14].item() == 0.5 and stand_in[-1][15:] == (None, 1.0, 1.0, None)
+    mla_decode(*built.args, ckv_scale=0.5, kpe_scale=torch.empty(0))
+    assert stand_in[-1][14:] == (None, None, 0.5, 1.0, None)
+    each = torch.tensor([0.5, 0.25])  # one per request, which the model does not take
+    assert ops._rare_arguments(each, None, None) == (each, None, 1.0, 1.0, None)
+    assert ops._rare_arguments(None, each, None) == (None, each, 1.0, 1.0, None)
 
 
 def test_defaults(stand_in: list[tuple]) -> None:

@@ -1,1 +1,2 @@
+#include "conversions.h"
 #include "../instances/mla_decode_bf16_e4m3_rows8.cu"
