@@ -20,7 +20,11 @@ __all__ = [
     "supports",
 ]  # fmt: skip
 
-_HOME = {"mla_decode": "etap_integration.ops", "split_token_cache": "etap_integration.ops", "build_info": "etap_integration._library"}
+_HOME = {
+    "mla_decode": "etap_integration.ops",
+    "split_token_cache": "etap_integration.ops",
+    "build_info": "etap_integration._library",
+}
 _HOME["shadow"] = "etap_integration.shadowing"
 _HOME |= dict.fromkeys(("enable", "disable", "patched", "status", "supports"), "etap_integration.dispatch")
 

@@ -177,9 +177,9 @@ def etap_e4m3_model(
     part times kpe_scale / ckv_scale and in two fp16 parts. P^T is rounded to fp16, in `p_parts` parts. A score's factor
     is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale.
 
-    With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the rope
-    part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the scale;
-    and P^T is rounded to fp16 once for each group, as P x scale over a power of two: see `_stream_scaled_tiles`.
+    With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the
+    rope part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the
+    scale; and P^T is rounded to fp16 once for each group, as P x scale over a power of two: see `_stream_scaled_tiles`.
     """
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
     rope_e4m3 = kpe_cache.dtype == torch.float8_e4m3fn
@@ -328,8 +328,8 @@ def _stream_scaled_tiles(
     """`_stream_tiles` where 128 latent columns of each key have a scale, (keys, 4), as fp32.
 
     A score is the rope product times the row's `rope_factors`, plus each group's product times scale x `factors`. P of
-    a group is fp16(P x scale x 2^(133 - power)), where the power is the largest biased exponent of the chain's scales in
-    the group so far, at least 7; O^T is rescaled as it grows, and multiplied by 2^(power - 133) at the end.
+    a group is fp16(P x scale x 2^(133 - power)), where the power is the largest biased exponent of the chain's scales
+    in the group so far, at least 7; O^T is rescaled as it grows, and multiplied by 2^(power - 133) at the end.
     """
     order = _share_tiles(-(-k.shape[0] // TILE), num_parts, 2, k.device)
     tiles, tile_scales = _tiles(k), _tiles(scales)

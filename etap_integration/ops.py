@@ -163,8 +163,8 @@ def mla_decode_checked(
 def split_token_cache(cache: Tensor, rope_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     """(ckv_cache, ckv_scale_arr, kpe_cache) for `mla_decode`: views of a FlashMLA-style cache of 656 bytes a token.
 
-    A token is 512 float8_e4m3fn latent values, 4 float32 scales of 128 of them each, and 64 rope values of `rope_dtype`,
-    the dtype of the queries.
+    A token is 512 float8_e4m3fn latent values, 4 float32 scales of 128 of them each, and 64 rope values of
+    `rope_dtype`, the dtype of the queries.
 
     Args:
       cache: (pages, page_size, 656), or (pages, page_size, 1, 656), of a dtype of one byte; the last dimension
@@ -424,9 +424,7 @@ def _check_scale_arr(value, ckv_scale, ckv_cache: Tensor) -> None:
         )
 
 
-def _rare_arguments(
-    ckv_scale, kpe_scale, cache_batch_idx, ckv_scale_arr=None
-) -> tuple[Tensor | float | None, ...]:
+def _rare_arguments(ckv_scale, kpe_scale, cache_batch_idx, ckv_scale_arr=None) -> tuple[Tensor | float | None, ...]:
     """The operator's last arguments; nothing where all have their defaults, which saves host time.
 
     Scales: tensors or None, then values for where there is no tensor.

@@ -170,7 +170,7 @@ BAD = [
     (paged(ckv_scale=1.0), ValueError, "ckv_scale: for a cache of torch.float8_e4m3fn alone"),
     (paged(kpe_scale=empty(1, dtype=torch.float32)), ValueError, "kpe_scale: for a cache of torch.float8_e4m3fn alone"),
     (groups(ckv_scale=1.0), ValueError, "ckv_scale_arr: given with a ckv_scale, expected one of the two"),
-    (groups(kpe_scale=1.0), ValueError, "kpe_scale: for a cache of torch.float8_e4m3fn alone, expected None for one of"),
+    (groups(kpe_scale=1.0), ValueError, "kpe_scale: for a cache of torch.float8_e4m3fn alone, expected None"),
     (
         groups(ckv_scale_arr=empty(40, 64, 512, dtype=torch.float32)), ValueError,
         r"ckv_scale_arr: shape \(40, 64, 512\), expected \(40, 64, 4\), for ckv_cache's",

@@ -32,7 +32,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     def kernel(*args) -> None:
         args += (None, None, 1.0, 1.0, None, None)[len(args) - 14 :]  # the dispatcher drops trailing defaults
         calls.append(args)
-        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, *scales, index, arr = args
+        *args, arr = args
+        q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, *scales, index = args
         options = {
             "cu_seqlens_q": cu,
             "softmax_scale": scale,
