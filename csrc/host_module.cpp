@@ -59,8 +59,10 @@ template <int RowTile, int PParts, CacheFormat Format>
 pybind11::dict config() {
   using Cfg = etap::TileConfig<RowTile, PParts, Format>;
   pybind11::dict d;
-  d["cache"] = Cfg::kRope16 ? "e4m3, scales of groups, 16-bit rope" : Cfg::kGroups ? "e4m3, scales of groups"
-               : Cfg::kE4m3 ? "e4m3" : "16-bit";
+  d["cache"] = Cfg::kRope16  ? "e4m3 groups, 16-bit rope"
+               : Cfg::kGroups ? "e4m3 groups"
+               : Cfg::kE4m3   ? "e4m3"
+                              : "16-bit";
   d["row_tile"] = RowTile;
   d["p_parts"] = PParts;
   d["wgmma_n"] = std::vector<int>{RowTile, Cfg::kPvRows};  // of S^T and of O^T
