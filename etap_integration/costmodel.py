@@ -327,7 +327,8 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
 
     Args:
         problem, device, implementation: what, where, by which kernel.
-        p_parts: 16-bit parts of P in the `etap` kernel; None: 2, and 1 on an H20, as the operator has it.
+        p_parts: 16-bit parts of P in the `etap` kernel; None: 2, and 1 on an H20 and for an e4m3 cache, as the operator
+            has it.
 
     Raises ValueError where the implementation has no kernel for the problem's cache.
     """
@@ -336,7 +337,7 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
         raise ValueError(f"{i.name} has no kernel for an {problem.kv_dtype} cache")
     instructions = i.tile(problem.rows)
     if i.name == "etap":
-        instructions = transposed_tile(problem.rows, p_parts or (1 if device.tensor_slowdown > 1 else 2))
+        instructions = transposed_tile(problem.rows, p_parts or (2 if wide and device.tensor_slowdown == 1 else 1))
     tiles, partials = i.share(problem, device.sms)
     tile_bytes = TILE * D_QK * KV_BYTES[problem.kv_dtype]
     per_tile = instructions.cycles(device.wgmma_cycles) / i.tensor

@@ -55,7 +55,7 @@ class Record:
         function: upstream's function. served, first: which implementation's result the caller got, and which ran first.
         batch, heads, q_len, q_tokens, ragged: the queries; q_len is the longest request's, q_tokens all requests'.
         page_size: keys of a page, 0 without a page table. capacity: keys the cache can hold of a request.
-        kv_lens: keys of each request. dtype: of queries and caches.
+        kv_lens: keys of each request. dtype: of queries and caches; e4m3: the caches are in float8_e4m3fn instead.
         causal, softmax_scale, return_lse: as called. fused: whether both caches are views of one buffer.
         upstream_us, etap_us: device time of each, launch gaps included (on the CPU: wall time).
         late: the device waited for the host in one of them, so that its time holds host time.
@@ -87,6 +87,7 @@ class Record:
     not_finite: int
     lse_max_error: float | None = None
     late: bool = False
+    e4m3: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,7 @@ class Session:
             "page_size": 0 if call.page_table is None else call.k_cache.shape[1],
             "capacity": call.capacity,
             "dtype": str(call.q_rope.dtype).removeprefix("torch."),
+            "e4m3": call.e4m3,
             "causal": bool(call.causal),
             "softmax_scale": float(call.softmax_scale),
             "return_lse": bool(call.return_lse),

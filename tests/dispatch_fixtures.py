@@ -18,7 +18,7 @@ from etap_integration import numerics
 from etap_integration.dispatch import Machine
 
 HOPPER = Machine((9, 0), 132)
-BF16, I32 = torch.bfloat16, torch.int32
+BF16, I32, E4M3 = torch.bfloat16, torch.int32, torch.float8_e4m3fn
 FA3, SGL, VLLM = "flash_attn_interface", "sgl_kernel.flash_attn", "vllm.vllm_flash_attn"
 
 # Upstream's parameters and defaults, in order.
@@ -75,11 +75,27 @@ class Recorder:
         lengths = args[5]
         if isinstance(lengths, int):
             lengths = [lengths] * args[0].shape[0]
+        args, factor = unscaled(args, kwargs)
         out, lse = numerics.reference(*args[:5], lengths, **options)
-        out = out.to(args[0].dtype)
+        out = (out * factor).to(kwargs["out"].dtype if kwargs["out"] is not None else self.calls[-1][0][0].dtype)
         if kwargs["out"] is not None:
             out = kwargs["out"].copy_(out)
         return (out, lse.float()) if kwargs["return_lse"] else out
+
+
+def unscaled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """The arguments with the cache's scales moved to the queries, and what that leaves to multiply the output by."""
+    ends, device = kwargs.get("cu_seqlens_q"), args[0].device
+    tokens = ends.diff().long() if ends is not None else torch.ones(len(args[0]), dtype=torch.long, device=device)
+    request = torch.arange(len(tokens), device=device).repeat_interleave(tokens)
+
+    def per_token(scale: Any) -> torch.Tensor:
+        each = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float64, device=device).reshape(-1)
+        each = each.expand(len(tokens))
+        return each[request].reshape(-1, *[1] * (args[0].dim() - 1))
+
+    latent, rope = per_token(kwargs.get("ckv_scale")), per_token(kwargs.get("kpe_scale"))
+    return (args[0] * latent, args[1] * rope, *(x.double() for x in args[2:4]), *args[4:]), latent
 
 
 def upstream(module: str, name: str) -> Callable[..., Any]:
@@ -179,3 +195,12 @@ def vllm_call(heads: int = 16, page_size: int = 16) -> dict[str, Any]:
         "scheduler_metadata": torch.zeros(17, dtype=I32), "num_splits": 0, "cp_world_size": 1, "cp_rank": 0,
         "cp_tot_seqused_k": None,
     }  # fmt: skip
+
+
+def e4m3(arguments: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A call with its cache in e4m3, and descales per request as upstream has them, (batch, KV heads)."""
+    k, v = ("k_cache", "v_cache") if "k_cache" in arguments else ("k", "v")
+    kv = torch.cat([arguments[v], arguments[k]], -1).to(E4M3)
+    batch = len(arguments["block_table" if "block_table" in arguments else "page_table"])
+    descales = {"k_descale": 0.5 + torch.rand(batch, 1), "v_descale": 0.5 + torch.rand(batch, 1)}
+    return arguments | {k: kv[..., 512:], v: kv[..., :512]} | descales | changes

@@ -76,3 +76,16 @@ def fa3_engine() -> Any:
     """FlashAttention-3's function, computing."""
     names = ("qv", "k_cache", "v_cache", "page_table", "cache_seqlens")
     return computing(FA3, "flash_attn_with_kvcache", *names)
+
+
+REFUSAL = "query and key must have the same dtype"
+
+
+def refusing_engine() -> Any:
+    """FlashAttention-3's function as it is with an e4m3 cache beside 16-bit queries."""
+    module = engine(FA3)
+    scope = module.flash_attn_with_kvcache.__globals__
+    source = f"def f{original_signature(module.flash_attn_with_kvcache)}: raise RuntimeError({REFUSAL!r})"
+    exec(source, scope)
+    module.flash_attn_with_kvcache = scope["f"]
+    return module

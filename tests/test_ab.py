@@ -159,7 +159,11 @@ def test_what_shadow_mode_records_can_be_replayed(tmp_path: Path) -> None:
         outcomes = [ab.compare(case, sides, "cpu", timer=STEADY) for case in cases]
     assert all(o.wrong is None for o in outcomes)
     assert ab.summary(outcomes)["by"]["eager, cold cache"]["upstream_us"] == 80.0  # 3 + 1 calls of 20 µs
-    path.write_text(path.read_text() + '{"batch": 3}\n')
+    rows = path.read_text()
+    path.write_text(rows.replace('"e4m3": false', '"e4m3": true', 1))
+    with pytest.raises(ValueError, match=r"calls\.jsonl:1: no recorded call: ValueError: an e4m3 cache"):
+        ab.read_workload(path)
+    path.write_text(rows + '{"batch": 3}\n')
     with pytest.raises(ValueError, match=r"calls\.jsonl:5: no recorded call"):
         ab.read_workload(path)
 

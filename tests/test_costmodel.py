@@ -132,6 +132,15 @@ def test_wgmma_and_padding_counts_of_a_tile() -> None:
     assert costmodel.transposed_tile(16, p_parts=2).output == (32, 32)
 
 
+def test_parts_of_p_are_the_operators() -> None:
+    """2, but 1 on an H20 and for an e4m3 cache (csrc/etap/launch.h)."""
+    for device, kv_dtype, parts in ((H200, "bf16", 2), (H200, "e4m3", 1), (H20, "bf16", 1), (H20, "e4m3", 1)):
+        by_parts = [costmodel.predict(Problem(16, 4096, kv_dtype=kv_dtype), device, costmodel.ETAP, n) for n in (1, 2)]
+        assert by_parts[0].tensor_us < by_parts[1].tensor_us
+        default = costmodel.predict(Problem(16, 4096, kv_dtype=kv_dtype), device, costmodel.ETAP)
+        assert default == by_parts[parts - 1]
+
+
 def test_the_throttle_is_the_benchmarks() -> None:
     from tools.bench import rivals
 

@@ -7,12 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from dispatch_fixtures import BF16, FA3, HOPPER, I32, SGL, VLLM, hopper, kvcache_call, sglang_call, upstream, vllm_call
+from dispatch_fixtures import (
+    BF16,
+    E4M3,
+    FA3,
+    HOPPER,
+    I32,
+    SGL,
+    VLLM,
+    e4m3,
+    hopper,
+    kvcache_call,
+    sglang_call,
+    upstream,
+    vllm_call,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etap_integration import ops, supports
-from etap_integration.dispatch import Machine, calls, choose, decision
+from etap_integration.dispatch import Machine, calls, choose, decision, routing
 from etap_integration.dispatch.calls import FA3_VARLEN, KVCACHE, SGL_VARLEN, VLLM_VARLEN, Call, Normaliser
 from etap_integration.dispatch.decision import Limits, Rule, decide, neutral
 
@@ -82,6 +96,65 @@ def zeros(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype)
 
 
+EIGHT_BIT = "8-bit queries, or an 8-bit cache that is not float8_e4m3fn throughout"
+
+
+def e5m2_cache() -> dict[str, Any]:
+    return {name: x.to(torch.float8_e5m2) for name, x in caches(16).items()}
+
+
+def e4m3_call(**changes: Any) -> Call:
+    return NORMALISE["fa3"]((), e4m3(kvcache_call(), **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"k_descale": None},
+        {"v_descale": None, "k_descale": torch.rand(())},
+        {"k_descale": torch.rand(1).expand(2, 1), "v_descale": torch.rand(2)},
+        {"k_descale": 0.5, "v_descale": 3},
+    ],
+)
+def test_e4m3_caches_are_covered(changes: dict[str, Any]) -> None:
+    assert decided(e4m3_call(**changes)) == decision.SUPPORTED
+
+
+WRONG_DESCALE = "a descale factor is not a float32 tensor (batch, 1) on the queries' device"
+NO_NUMBER = "a descale factor is neither a tensor nor a positive number"
+
+
+@pytest.mark.parametrize("name", ["k_descale", "v_descale"])
+@pytest.mark.parametrize(
+    ("reason", "value"),
+    [
+        (WRONG_DESCALE, torch.ones(2, 1, dtype=BF16)),
+        (WRONG_DESCALE, torch.ones(3, 1)),
+        (WRONG_DESCALE, torch.ones(2, 2)),
+        (WRONG_DESCALE, torch.ones(1, 2)),
+        (WRONG_DESCALE, torch.ones(0, 1)),
+        (WRONG_DESCALE, torch.ones(2, 1, device="meta")),
+        (NO_NUMBER, [1.0, 1.0]),
+        (NO_NUMBER, True),
+        (NO_NUMBER, 0.0),
+        (NO_NUMBER, -1.0),
+        (NO_NUMBER, float("inf")),
+        ("a tensor requires grad", torch.ones(2, 1).requires_grad_()),
+    ],
+)
+def test_other_descales(reason: str, value: Any, name: str) -> None:
+    assert decided(e4m3_call(**{name: value})) == reason
+
+
+def test_e4m3_caches_beside_other_queries() -> None:
+    half = {"q": zeros(2, 1, 16, 64, dtype=torch.float16), "qv": zeros(2, 1, 16, 512, dtype=torch.float16)}
+    assert decided(e4m3_call(**half)) == decision.SUPPORTED
+    assert decided(e4m3_call(q=half["q"])) == "q, qv and the caches differ in dtype"
+    wide = {name: x.float() for name, x in half.items()}
+    assert decided(e4m3_call(**wide)) == EIGHT_BIT
+
+
 def rejected() -> list[tuple[str, dict[str, Any]]]:
     one = zeros(1)
     return [
@@ -98,10 +171,15 @@ def rejected() -> list[tuple[str, dict[str, Any]]]:
         ("rotary embedding", {"rotary_sin": one}),
         ("new keys to append (k)", {"k": one}),
         ("new values to append (v)", {"v": one}),
-        ("descale factors", {"k_descale": one}),
+        ("q_descale", {"q_descale": one}),
+        ("descale factors of a 16-bit cache", {"k_descale": torch.ones(2, 1)}),
+        ("descale factors of a 16-bit cache", {"v_descale": torch.ones(2, 1)}),
         ("sm_margin is not a number of SMs", {"sm_margin": -1}),
         ("unknown keyword tree_mask", {"tree_mask": None}),
-        ("FP8 or other 8-bit queries or cache", {"k_cache": zeros(16, 4, 1, 64, dtype=torch.float8_e4m3fn)}),
+        (EIGHT_BIT, {"k_cache": zeros(16, 4, 1, 64, dtype=E4M3)}),
+        (EIGHT_BIT, {"v_cache": zeros(16, 4, 1, 512, dtype=E4M3)}),
+        (EIGHT_BIT, {"q": zeros(2, 1, 16, 64, dtype=E4M3)}),
+        (EIGHT_BIT, e5m2_cache()),
         ("a dtype is neither bfloat16 nor float16", {"q": zeros(2, 1, 16, 64, dtype=torch.float32)}),
         ("q, qv and the caches differ in dtype", {"q": zeros(2, 1, 16, 64, dtype=torch.float16)}),
         ("q, qv and the caches are not all tensors", {"k_cache": [1]}),
@@ -272,6 +350,8 @@ def test_measured_rules() -> None:
     assert supports(more)[0] and choose(more) == (False, "more than 32 query rows: upstream is faster")
     assert decide(more) == "more than 32 query rows: upstream is faster"
     assert decide(call(batch=5, heads=32)) is decide(more, Limits(only_where_faster=False)) is None
+    widened = replace(e4m3_call(), q_rope=zeros(2, 1, 64, 64), q_nope=zeros(2, 1, 64, 512))
+    assert widened.rows == 64 and choose(widened) == (True, decision.SUPPORTED)
     few = "more than 16 query rows, at most 4 requests: upstream is faster"
     assert decide(call(batch=4, heads=17)) == few and decide(call(batch=4, heads=16)) is None
 
@@ -305,8 +385,14 @@ def any_call(draw: st.DrawFn) -> Call:
     ragged, paged = draw(st.booleans()), draw(st.booleans())
     q = (batch * sq, heads) if ragged else (batch, sq, heads)
     cache = (9, 4, 1) if paged else (batch, 36, 1)
+    kv = draw(st.sampled_from([BF16, E4M3]))
+    descale = st.one_of(
+        st.none(), tensors(batch, 1, dtype=torch.float32), tensors(batch, dtype=torch.float32),
+        st.sampled_from([0.5, 1, 0.0, float("nan")]),
+    )  # fmt: skip
     made = Call(
-        draw(tensors(*q, 64)), draw(tensors(*q, 512)), draw(tensors(*cache, 64)), draw(tensors(*cache, 512)),
+        draw(tensors(*q, 64)), draw(tensors(*q, 512)), draw(tensors(*cache, 64, dtype=kv)),
+        draw(tensors(*cache, 512, dtype=kv)),
         draw(tensors(batch, 9, dtype=I32)) if paged else None,
         draw(st.one_of(tensors(batch, dtype=I32), st.integers(-1, 40), st.just(None))),
         draw(tensors(batch + 1, dtype=I32)) if ragged else None,
@@ -314,6 +400,8 @@ def any_call(draw: st.DrawFn) -> Call:
         draw(st.sampled_from([0.1, 0.1, 1, 0, -1.0, None, float("nan"), float("inf")])),
         out=draw(st.one_of(st.none(), st.none(), tensors(*q, 512))),
         cache_batch_idx=draw(st.one_of(st.none(), st.none(), tensors(batch, dtype=I32))),
+        ckv_scale=draw(descale) if kv == E4M3 else None,
+        kpe_scale=draw(descale) if kv == E4M3 else None,
         machine=HOPPER,
     )  # fmt: skip
     return made
@@ -327,5 +415,6 @@ def test_the_operator_takes_whatever_is_supported(one: Call) -> None:
         ops._check_arguments(
             one.q_nope, one.q_rope, one.v_cache.squeeze(2), one.k_cache.squeeze(2), one.page_table, one.cache_seqlens,
             one.cu_seqlens_q, one.max_seqlen_q if one.cu_seqlens_q is not None else None, one.softmax_scale,
-            bool(one.causal), one.out, bool(one.return_lse), None, None, cache_batch_idx=one.cache_batch_idx,
+            bool(one.causal), one.out, bool(one.return_lse), None, None, routing._per_request(one.ckv_scale),
+            routing._per_request(one.kpe_scale), one.cache_batch_idx,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dispatch_fixtures import (
+    E4M3,
     FA3,
     I32,
     SGL,
@@ -18,6 +19,7 @@ from dispatch_fixtures import (
     VLLM,
     Recorder,
     clean_modules,
+    e4m3,
     engine,
     from_signature,
     hopper,
@@ -26,9 +28,10 @@ from dispatch_fixtures import (
     stub,
     vllm_call,
 )
+from engine_fixtures import REFUSAL, refusing_engine
 
 from etap_integration import numerics
-from etap_integration.dispatch import patched, reset_counts, status
+from etap_integration.dispatch import FallbackError, patched, reset_counts, status
 from etap_integration.patching import fetching
 from etap_integration.patching.manifest import load_manifest
 
@@ -56,7 +59,8 @@ def test_sglang() -> None:
     assert args[4] is arguments["page_table"] and args[5] is arguments["cache_seqlens"]
     assert options == {
         "cu_seqlens_q": arguments["cu_seqlens_q"], "max_seqlen_q": 1, "softmax_scale": 192**-0.5, "causal": True,
-        "out": None, "return_lse": False, "num_ctas": None, "cache_batch_idx": None,
+        "out": None, "return_lse": False, "num_ctas": None, "cache_batch_idx": None, "ckv_scale": None,
+        "kpe_scale": None,
     }  # fmt: skip
 
 
@@ -97,7 +101,8 @@ def test_vllm() -> None:
     assert args[4] is arguments["block_table"] and args[5] is arguments["seqused_k"]
     assert options == {
         "cu_seqlens_q": arguments["cu_seqlens_q"], "max_seqlen_q": 1, "softmax_scale": 192**-0.5, "causal": True,
-        "out": None, "return_lse": True, "num_ctas": None, "cache_batch_idx": None,
+        "out": None, "return_lse": True, "num_ctas": None, "cache_batch_idx": None, "ckv_scale": None,
+        "kpe_scale": None,
     }  # fmt: skip
 
 
@@ -167,6 +172,101 @@ def test_gradients() -> None:
         with torch.no_grad():
             assert fa3.flash_attn_with_kvcache(**one) == "out"
     assert status().fallbacks == {"a tensor requires grad": 1}
+
+
+KV, VARLEN = "flash_attn_with_kvcache", "flash_attn_varlen_func"
+ENGINES = [(FA3, KV, kvcache_call), (SGL, KV, sglang_call), (VLLM, VARLEN, vllm_call)]
+DESCALES = {  # of some requests, and the operator's form of it
+    "(batch, 1)": lambda n: torch.rand(n, 1),
+    "strided": lambda n: torch.rand(n, 5)[:, 2:3],
+    "one value, expanded": lambda n: torch.rand(()).expand(n, 1),
+    "(batch,)": lambda n: torch.rand(n),
+    "one element": lambda n: torch.rand(1),
+}
+
+
+@pytest.mark.parametrize("shape", DESCALES)
+@pytest.mark.parametrize(("target", "name", "make"), ENGINES)
+def test_an_e4m3_cache(target: str, name: str, make: Any, shape: str) -> None:
+    """Caches as views, v_descale as the latent's scale and k_descale as the rope part's: nothing copied."""
+    module, operator, one = engine(target), Recorder(), make()
+    batch = len(one["block_table" if target == VLLM else "page_table"])
+    one = e4m3(one, k_descale=DESCALES[shape](batch), v_descale=DESCALES[shape](batch))
+    with patched(target, operator=operator, machine=hopper, strict=True):
+        for _ in range(2):
+            assert getattr(module, name)(**one) == (("out", "lse") if target == VLLM else "out")
+    for args, options in operator.calls:
+        caches = [one["v" if target == VLLM else "v_cache"], one["k" if target == VLLM else "k_cache"]]
+        for passed, cache in zip(args[2:4], caches, strict=True):
+            assert passed.dtype == E4M3 and passed.data_ptr() == cache.data_ptr()
+        for scale, descale in (("ckv_scale", "v_descale"), ("kpe_scale", "k_descale")):
+            passed = options[scale]
+            assert passed.shape == ((1,) if shape == "one element" else (batch,))
+            assert passed.data_ptr() == one[descale].data_ptr() and torch.equal(passed, one[descale].reshape(-1))
+    assert status().etap_calls == 2
+
+
+@pytest.mark.parametrize("given", [("k_descale",), ("v_descale",), ("k_descale", "v_descale"), ()])
+def test_an_e4m3_cache_against_fp64(given: tuple[str, ...]) -> None:
+    """Written out from upstream's arguments: each descale multiplies the tensor it is named after."""
+    fa3, one = engine(FA3), e4m3(kvcache_call(batch=3, pages=24), return_softmax_lse=True)
+    for name in {"k_descale", "v_descale"} - set(given):
+        del one[name]
+    with patched(FA3, operator=Recorder(compute=True), machine=hopper, strict=True):
+        out, lse, *_ = fa3.flash_attn_with_kvcache(**one)
+    assert out.dtype == one["q"].dtype
+    for i, length in enumerate(one["cache_seqlens"].tolist()):
+        keys = torch.arange(length)
+        page = one["page_table"][i, keys // 4].long()
+        k, v = (one[name].double()[page, keys % 4, 0] for name in ("k_cache", "v_cache"))
+        k, v = k * one.get("k_descale", torch.ones(3, 1))[i, 0], v * one.get("v_descale", torch.ones(3, 1))[i, 0]
+        scores = (one["q"][i, 0].double() @ k.T + one["qv"][i, 0].double() @ v.T) * 576**-0.5
+        torch.testing.assert_close(out[i, 0].double(), scores.softmax(-1) @ v, rtol=8e-3, atol=1e-3)
+        torch.testing.assert_close(lse[i, :, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+UNCOVERED = {
+    "window_size": {"window_size": (64, 0)},
+    "q_descale": {"q_descale": torch.ones(2, 1)},
+    "too many query rows": {"heads": 65},
+    "a descale factor is not a float32 tensor (batch, 1) on the queries' device": {"k_descale": torch.ones(3, 1)},
+    "8-bit queries, or an 8-bit cache that is not float8_e4m3fn throughout": {
+        "k_cache": torch.zeros(16, 4, 1, 64).to(torch.float8_e5m2)
+    },
+}
+
+
+@pytest.mark.parametrize("reason", UNCOVERED)
+def test_where_etap_cannot_upstreams_error_stays(reason: str) -> None:
+    """Counted as left to upstream; in strict mode the error is ours, with the reason."""
+    fa3, operator, changes = refusing_engine(), Recorder(), dict(UNCOVERED[reason])
+    sizes = {name: changes.pop(name) for name in ("heads",) if name in changes}
+    one = e4m3(kvcache_call(**sizes), **changes)
+    with patched(FA3, operator=operator, machine=hopper):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match=REFUSAL):
+                fa3.flash_attn_with_kvcache(**one)
+        assert status().fallbacks == {reason: 3} and not operator.calls
+        assert fa3.flash_attn_with_kvcache(**e4m3(kvcache_call())) == "out"
+    with patched(FA3, operator=operator, machine=hopper, strict=True):
+        for _ in range(2):
+            with pytest.raises(FallbackError) as found:
+                fa3.flash_attn_with_kvcache(**one)
+            assert f": {reason}: " in str(found.value)
+
+
+def test_no_measured_rule_is_about_an_e4m3_cache() -> None:
+    """Upstream cannot run it, however many rows; what was remembered of a 16-bit cache does not hold for it either."""
+    fa3, operator = engine(FA3), Recorder()
+    with patched(FA3, operator=operator, machine=hopper):
+        for heads in (17, 33, 64):
+            for _ in range(2):
+                assert fa3.flash_attn_with_kvcache(**kvcache_call(heads=heads) | NO_DESCALES) == "upstream"
+                assert fa3.flash_attn_with_kvcache(**e4m3(kvcache_call(heads=heads))) == "out"
+                assert fa3.flash_attn_with_kvcache(**e4m3(kvcache_call(heads=heads), **NO_DESCALES)) == "out"
+
+
+NO_DESCALES = {"k_descale": None, "v_descale": None}
 
 
 @pytest.fixture(scope="module")

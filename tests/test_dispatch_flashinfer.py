@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dispatch_fixtures import BF16, I32, Recorder, clean_modules, hopper, stub
+from dispatch_fixtures import BF16, E4M3, I32, Recorder, clean_modules, hopper, stub
 
 import etap_integration
 from etap_integration import numerics
@@ -40,7 +40,7 @@ class BatchMLAPagedAttentionWrapper:
     def run(
         self, q_nope=None, q_pe=None, ckv_cache=None, kpe_cache=None, out=None, lse=None, return_lse=False,
         profiler_buffer=None, kv_len=None, page_table=None, return_lse_base_on_e=False, o_scale=None, *, query=None,
-        kv_cache=None, ckv_scale=None,
+        kv_cache=None, ckv_scale=None, ckv_scale_arr=None, kpe_scale=None,
     ):  # fmt: skip
         """Upstream's run."""
         self.seen.append({name: value for name, value in locals().items() if name != "self" and value is not None})
@@ -171,7 +171,8 @@ def test_put_back(module: ModuleType, options: dict[str, Any]) -> None:
     [
         ("FlashInfer: o_scale", {"o_scale": 1.0}),
         ("FlashInfer: profiler_buffer", {"profiler_buffer": torch.zeros(1)}),
-        ("FlashInfer: ckv_scale", {"ckv_scale": 2.0}),
+        ("FlashInfer: ckv_scale or kpe_scale of a 16-bit cache", {"ckv_scale": 1.0}),
+        ("FlashInfer: ckv_scale or kpe_scale of a 16-bit cache", {"kpe_scale": torch.ones(1)}),
         ("FlashInfer: page_table", {"page_table": torch.zeros(1, 1)}),
         ("FlashInfer: an LSE argument without return_lse", {"lse": torch.zeros(5, 8)}),
         ("FlashInfer: lse is not", {"lse": torch.zeros(5, 9), "return_lse": True}),
@@ -196,6 +197,56 @@ def test_left_to_upstream(module: ModuleType, options: dict[str, Any], caplog, r
     with patched(NAME, strict=True, **options), pytest.raises(FallbackError, match=re.escape(found)):
         wrapper.run(**call)
     assert not options["operator"].calls
+
+
+def e4m3_cache(step: Step) -> dict[str, Any]:
+    query = dict(zip(("q_nope", "q_pe"), step.split()[:2], strict=True))
+    cache = step.cache.to(E4M3)
+    return query | {"ckv_cache": cache[..., :512], "kpe_cache": cache[..., 512:], "ckv_scale": 0.5, "kpe_scale": 3}
+
+
+def test_an_e4m3_cache(module: ModuleType, options: dict[str, Any]) -> None:
+    """Its scales, numbers, go to the operator; no measured rule is about it."""
+    step = Step(heads=32)
+    wrapper = step.plan(module.BatchMLAPagedAttentionWrapper())
+    wrapper._kv_data_type = E4M3  # as later releases keep it
+    call = e4m3_cache(step)
+    with patched(NAME, strict=True, **options):
+        out, lse = wrapper.run(**call, return_lse=True, return_lse_base_on_e=True)
+    ((args, passed),) = options["operator"].calls
+    assert (passed["ckv_scale"], passed["kpe_scale"]) == (0.5, 3)
+    assert args[2].dtype == E4M3 and args[2].data_ptr() == call["ckv_cache"].data_ptr()
+    step.cache = torch.cat([call["ckv_cache"].double() * 0.5, call["kpe_cache"].double() * 3], -1)
+    exact, exact_lse = step.exact()
+    torch.testing.assert_close(out, exact.to(BF16))
+    torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("FlashInfer: an e4m3 cache without both", {"kpe_scale": None}),
+        ("FlashInfer: an e4m3 cache without both", {"ckv_scale": None}),
+        ("FlashInfer: an e4m3 cache without both", {"ckv_scale": torch.ones(())}),
+        ("FlashInfer: ckv_scale_arr", {"ckv_scale": None, "ckv_scale_arr": torch.ones(8, 4, 4)}),
+        ("a descale factor is neither", {"kpe_scale": -1.0}),
+        ("8-bit queries", {"kpe_cache": torch.zeros(8, 4, 64, dtype=BF16)}),
+        ("FlashInfer: another cache dtype than the planned one", {"planned": BF16}),
+    ],
+)
+def test_other_e4m3_calls_are_upstreams(
+    module: ModuleType, options: dict[str, Any], reason: str, changes: dict[str, Any]
+) -> None:
+    step = Step()
+    wrapper = step.plan(module.BatchMLAPagedAttentionWrapper())
+    changes = dict(changes)
+    wrapper._kv_data_type = changes.pop("planned", E4M3)
+    call = e4m3_cache(step) | changes
+    with patched(NAME, **options):
+        assert wrapper.run(**call) == "upstream"
+    (found,) = status().fallbacks
+    assert found.startswith(reason) and not options["operator"].calls
+    assert all(wrapper.seen[0][name] is value for name, value in call.items() if value is not None)
 
 
 def test_rows_backends_and_graph_wrappers(module: ModuleType, options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from dispatch_fixtures import (
     VLLM,
     Recorder,
     clean_modules,
+    e4m3,
     engine,
     hopper,
     kvcache_call,
@@ -101,6 +102,11 @@ DIFFERENT = [
     {"v_cache": torch.zeros(16, 4, 2, 512, dtype=BF16)},
     {"qv": 3},
     {"tree_mask": None},
+    {"k_descale": torch.ones(2, 1)},
+    e4m3(kvcache_call()),
+    e4m3(kvcache_call(), k_descale=torch.ones(3, 1)),
+    e4m3(kvcache_call(), v_descale=torch.ones(2, 1, dtype=BF16)),
+    e4m3(kvcache_call(), v_descale=0.5),
 ]
 
 
@@ -259,6 +265,9 @@ def real_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, .
         (SGL, KV, sglang_call),
         (VLLM, VARLEN, vllm_call),
         (FA3, KV, lambda: unpaged_call()),
+        (FA3, KV, lambda: e4m3(kvcache_call())),
+        (SGL, KV, lambda: e4m3(sglang_call(), k_descale=None)),
+        (VLLM, VARLEN, lambda: e4m3(vllm_call(), k_descale=None, v_descale=None)),
     ],
 )
 def test_the_real_operator_unchecked_gets_what_it_got_checked(

@@ -63,7 +63,7 @@ STAND_INS = {
         #include <cstdint>
         #include <vector>
         namespace at {
-        enum class ScalarType { Half, BFloat16, Int, Long };
+        enum class ScalarType { Half, BFloat16, Int, Long, Float, Float8_e4m3fn };
         struct Tensor {
           int64_t address = 0;
           int type = 0, cuda = 1, device = 0;
@@ -72,6 +72,11 @@ STAND_INS = {
           int64_t size(int64_t d) const { return sizes.at(d < 0 ? d + dim() : d); }
           int64_t stride(int64_t d) const { return strides.at(d < 0 ? d + dim() : d); }
           ScalarType scalar_type() const { return ScalarType(type); }
+          int64_t numel() const {
+            int64_t n = 1;
+            for (auto size : sizes) n *= size;
+            return n;
+          }
           bool is_cuda() const { return cuda; }
           int get_device() const { return device; }
           bool is_contiguous() const {
@@ -128,6 +133,7 @@ cudaError_t launch_mla_decode(MlaDecodeParams p, LaunchConfig const& config, cud
   g_seen.precision(9);
   show("stream", stream);
   show("fp16", int(config.dtype == Dtype::kFp16)), show("row_tile", config.row_tile);
+  show("e4m3", int(config.cache == CacheFormat::kE4m3));
   show("p_parts", config.p_parts), show("num_ctas", config.num_ctas);
 #define SEEN(name) show(#name, p.name);
   @SEEN@
@@ -165,8 +171,18 @@ extern "C" char const* shim_call(char const* text) {
     return tensors.count(name) ? std::optional<at::Tensor>(tensors[name]) : std::nullopt;
   };
   static std::string result;
+  auto const &q = tensors["q"], &k = tensors["k"], &v = tensors["v"];
+  auto const q_descale = given("q_descale"), k_descale = given("k_descale"), v_descale = given("v_descale");
   try {
-    bool const taken = etap::fa3::try_run(f, tensors["q"], given("qv"), given("kv_batch_idx"), appends, 0);
+    // As the patched mha_fwd has it: its check of dtypes, or ETAP and then the check.
+    auto const check = [&] {
+      if (k.scalar_type() != q.scalar_type() || v.scalar_type() != q.scalar_type()) throw std::runtime_error("dtypes");
+    };
+    bool const put_off = etap::fa3::may_widen(q, k, v, given("qv"));
+    if (!put_off) check();
+    bool const taken = etap::fa3::try_run(f, q, k, v, given("qv"), given("kv_batch_idx"),
+                                          {q_descale, k_descale, v_descale}, appends, 0);
+    if (!taken) check();
     result = std::string("{\"taken\": ") + (taken ? "true" : "false") + g_seen.str() + "}";
   } catch (std::exception const& error) {
     result = std::string("{\"error\": \"") + error.what() + "\"}";
@@ -179,7 +195,7 @@ SEEN = """
     batch num_heads q_len cu_seqlens_q cache_seqlens causal scale_log2 q_nope q_rope q_nope_stride
     q_rope_stride ckv kpe ckv_page_stride ckv_row_stride kpe_page_stride kpe_row_stride num_pages page_size
     capacity page_table cache_batch_idx page_table_stride max_pages out out_stride out_fp32 lse lse_stride lse_unit
-    workspace
+    workspace ckv_scale kpe_scale ckv_scale_data kpe_scale_data ckv_scale_stride kpe_scale_stride
 """.split()
 GIVEN = """
     q_ptr k_ptr v_ptr o_ptr softmax_lse_ptr q_batch_stride k_batch_stride v_batch_stride o_batch_stride q_row_stride
@@ -187,7 +203,7 @@ GIVEN = """
     seqlen_k total_q total_k page_size num_pages attention_chunk arch num_sm scale_softmax softcap cu_seqlens_q
     cu_seqlens_k leftpad_k seqused_q seqused_k page_table is_bf16 is_e4m3 is_causal is_local
 """.split()
-HALF, BF16, INT, LONG = range(4)
+HALF, BF16, INT, LONG, FLOAT, E4M3 = range(6)
 
 
 def tensor(address: int, shape: tuple[int, ...], dtype: int = BF16, *, strides=None, cuda=1, device=1) -> dict:
@@ -234,7 +250,7 @@ class Call:
             page_table=0x6000, page_table_batch_stride=9, page_size=4, num_pages=50, seqused_k=0x7000,
             arch=90, num_sm=100, scale_softmax=0.25, is_bf16=1, is_causal=1,
         )  # fmt: skip
-        self.tensors = {"q": tensor(0x1000, (3, 2, 16, 64)), "qv": tensor(0x8000, (3, 2, 16, 512))}
+        self.tensors = {"q": tensor(0x1000, (3, 2, 16, 64)), "qv": tensor(0x8000, (3, 2, 16, 512)), **caches(BF16)}
         self.flags: list[str] = []
         for name, value in changed.items():
             if isinstance(value, dict):
@@ -253,6 +269,16 @@ class Call:
             head = (t["address"], t["dtype"], t["cuda"], t["device"], len(t["shape"]))
             lines.append(" ".join(map(str, ("t", name, *head, *t["shape"], *t["strides"]))))
         return "\n".join(lines)
+
+
+def caches(dtype: int) -> dict[str, dict]:
+    """Only dtypes count: the rest is in upstream's parameters."""
+    return {"k": tensor(0x20400, (50, 4, 1, 64), dtype), "v": tensor(0x20000, (50, 4, 1, 512), dtype)}
+
+
+def e4m3(**changed: Any) -> Call:
+    """The same with an e4m3 cache."""
+    return Call(**{**caches(E4M3), **changed})
 
 
 def ragged(**changed: Any) -> Call:
@@ -318,7 +344,7 @@ def test_paged_call(adapter: Adapter) -> None:
     assert seen.pop("workspace_bytes") >= 4096
     assert seen == {
         "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001, "workspace": 0x9000,
-        "fp16": 0, "row_tile": 32, "p_parts": 0, "num_ctas": 100,
+        "fp16": 0, "row_tile": 32, "e4m3": 0, "p_parts": 0, "num_ctas": 100,
         "batch": 3, "num_heads": 16, "q_len": 2, "cu_seqlens_q": 0, "cache_seqlens": 0x7000,
         "causal": 1,
         "q_rope": 0x1000, "q_rope_stride": [2048, 1024, 64], "q_nope": 0x8000, "q_nope_stride": [16384, 8192, 512],
@@ -327,6 +353,8 @@ def test_paged_call(adapter: Adapter) -> None:
         "num_pages": 50, "page_size": 4, "capacity": 28, "max_pages": 7,
         "page_table": 0x6000, "page_table_stride": 9, "cache_batch_idx": 0,
         "out": 0x3000, "out_stride": [16384, 8192, 512], "out_fp32": 0, "lse": 0x4000, "lse_stride": [32, 1, 2],
+        "ckv_scale": 1, "kpe_scale": 1, "ckv_scale_data": 0, "kpe_scale_data": 0, "ckv_scale_stride": 0,
+        "kpe_scale_stride": 0,
     }  # fmt: skip
     assert adapter.last_reason() == "taken" and adapter.counts() == {"taken": 1}
 
@@ -351,7 +379,9 @@ def test_unpaged_call(adapter: Adapter) -> None:
 
 def test_configuration(adapter: Adapter) -> None:
     seen = adapter.run(
-        Call(is_bf16=0, q=tensor(0x1000, (3, 2, 16, 64), HALF), qv=tensor(0x8000, (3, 2, 16, 512), HALF))
+        Call(
+            **caches(HALF), is_bf16=0, q=tensor(0x1000, (3, 2, 16, 64), HALF), qv=tensor(0x8000, (3, 2, 16, 512), HALF)
+        )
     )
     assert seen["taken"] and seen["fp16"] == 1
     for heads, q_len, tile in ((8, 1, 8), (16, 1, 16), (4, 4, 16), (32, 1, 32), (16, 4, 32)):
@@ -362,6 +392,114 @@ def test_configuration(adapter: Adapter) -> None:
     assert adapter.run(Call(num_sm=1000))["num_ctas"] <= 256  # what the workspace has counters for
     assert adapter.c.etap_fa3_set_p_parts(1) == 0 and adapter.run(Call())["p_parts"] == 1
     assert adapter.c.etap_fa3_set_p_parts(3) == adapter.c.etap_fa3_set_p_parts(-1) == -1
+
+
+# An e4m3 cache --------------------------------------------------------------------------------------------------------
+
+PER_REQUEST = [  # descales of 3 requests, and the stride that the kernel gets
+    (tensor(0xD000, (3, 1), FLOAT), 1),
+    (tensor(0xD000, (3, 1), FLOAT, strides=[0, 0]), 0),  # one value, expanded
+    (tensor(0xD000, (3, 1), FLOAT, strides=[7, 3]), 7),
+    (tensor(0xD000, (3,), FLOAT, strides=[2]), 2),
+    (tensor(0xD000, (), FLOAT), 0),
+    (tensor(0xD000, (1,), FLOAT, strides=[5]), 0),
+]
+
+
+def scales(seen: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in seen.items() if "_scale" in name and value}
+
+
+@pytest.mark.parametrize(("descale", "stride"), PER_REQUEST)
+def test_e4m3_cache(adapter: Adapter, descale: dict, stride: int) -> None:
+    """v_descale is the latent's, k_descale the rope part's."""
+    same = adapter.run(Call())
+    seen = adapter.run(e4m3(v_descale=descale, k_descale={**descale, "address": 0xE000}))
+    found = {"ckv_scale": 1, "kpe_scale": 1, "ckv_scale_data": 0xD000, "kpe_scale_data": 0xE000}
+    strides = {"ckv_scale_stride": stride, "kpe_scale_stride": stride}
+    assert seen == same | {"e4m3": 1} | found | strides
+    assert adapter.counts() == {"taken": 2}
+
+
+def test_e4m3_cache_with_one_descale_or_none(adapter: Adapter) -> None:
+    """What is not given is 1, whatever the other."""
+    assert scales(adapter.run(e4m3())) == {"ckv_scale": 1, "kpe_scale": 1}
+    descale = tensor(0xD000, (3, 1), FLOAT)
+    for name, part in (("k_descale", "kpe"), ("v_descale", "ckv")):
+        found = {f"{part}_scale_data": 0xD000, f"{part}_scale_stride": 1}
+        assert scales(adapter.run(e4m3(**{name: descale}))) == {"ckv_scale": 1, "kpe_scale": 1} | found
+
+
+def test_e4m3_cache_beside_half_queries(adapter: Adapter) -> None:
+    q = {"q": tensor(0x1000, (3, 2, 16, 64), HALF), "qv": tensor(0x8000, (3, 2, 16, 512), HALF)}
+    seen = adapter.run(e4m3(**q, is_bf16=0))
+    assert seen["taken"] and seen["fp16"] == seen["e4m3"] == 1 and seen["p_parts"] == 0  # the launch makes that 1
+
+
+def test_descales_beside_a_16_bit_cache_have_no_effect(adapter: Adapter) -> None:
+    """Upstream does not look at them either."""
+    descale = tensor(0xD000, (3, 1), FLOAT)
+    assert adapter.run(Call(q_descale=descale, k_descale=descale, v_descale=descale)) == adapter.run(Call())
+
+
+BAD_DESCALES = [
+    {"q_descale": tensor(0xD000, (3, 1), FLOAT)},
+    *(
+        {name: bad}
+        for name in ("k_descale", "v_descale")
+        for bad in (
+            tensor(0xD000, (3, 1), BF16),
+            tensor(0xD000, (2, 1), FLOAT),
+            tensor(0xD000, (3, 2), FLOAT),
+            tensor(0xD000, (3, 1, 1), FLOAT),
+            tensor(0xD000, (0,), FLOAT),
+            tensor(0xD000, (3, 1), FLOAT, cuda=0),
+            tensor(0xD000, (3, 1), FLOAT, device=0),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("changed", BAD_DESCALES)
+def test_other_descales(adapter: Adapter, changed: dict[str, dict]) -> None:
+    assert adapter.run(e4m3(**changed)) == {"error": "dtypes"} and adapter.last_reason().startswith("descale: ")
+
+
+def test_e4m3_calls_that_etap_does_not_take_end_in_upstreams_error(adapter: Adapter) -> None:
+    """Never in upstream's kernel: refused, switched off, too many rows, empty."""
+    refused = ((reason, changed) for reason, changed in REFUSED.items() if reason != "dtype")
+    for reason, changed in (*refused, ("nothing to compute", {"total_q": 0}), ("qv: ", {"qv": tensor(0, (3,))})):
+        assert adapter.run(e4m3(**changed)) == {"error": "dtypes"}, reason
+        assert adapter.last_reason().startswith(reason)
+    adapter.c.etap_fa3_set_mode(NEVER)
+    assert adapter.run(e4m3()) == {"error": "dtypes"} and adapter.last_reason() == "switched off"
+    adapter.c.etap_fa3_set_mode(ALWAYS)
+    assert adapter.run(e4m3())["taken"]
+    assert adapter.run(e4m3(total_q=0)) == {"error": "dtypes"}  # empty: as for any cache, ETAP's switch says nothing
+    message = "ETAP_FA3=always, but ETAP cannot run this call: window_size"
+    assert adapter.run(e4m3(is_local=1)) == {"error": message}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"k": tensor(0x20400, (50, 4, 1, 64), BF16)},
+        {"v": tensor(0x20000, (50, 4, 1, 512), BF16)},
+        {"qv": None},
+        {"q": tensor(0x1000, (3, 2, 16, 64), INT)},
+        {"k": tensor(0x20400, (50, 4, 1, 64), HALF), "v": tensor(0x20000, (50, 4, 1, 512), HALF)},
+    ],
+)
+def test_other_dtypes_get_upstreams_error_at_once(adapter: Adapter, changed: dict) -> None:
+    assert adapter.run(e4m3(**changed)) == {"error": "dtypes"} and adapter.counts() == {}
+
+
+def test_no_upstream_is_faster_with_an_e4m3_cache(adapter: Adapter) -> None:
+    """Upstream has no kernel for it."""
+    adapter.c.etap_fa3_set_only_where_faster(1)
+    for changed in ({}, {"b": 5, "seqlen_q": 3}):
+        assert adapter.run(Call(**changed)) == {"taken": False}
+        assert adapter.run(e4m3(**changed))["taken"]
 
 
 # What is not ----------------------------------------------------------------------------------------------------------
@@ -561,6 +699,20 @@ def test_every_field_is_upstreams(fa3_tree: Path) -> None:
     text = (fa3_tree / "hopper/flash.h").read_text().split("struct Flash_bwd_params")[0]
     for name in GIVEN:
         assert f" {name};" in text or f" {name}," in text, name
+
+
+@pytest.mark.parametrize("source", ["flash_api.cpp", "flash_api_stable.cpp"])
+def test_the_check_that_is_put_off_is_made_for_every_call_that_is_not_taken(fa3_tree: Path, source: str) -> None:
+    """Between ETAP's answer and anything that upstream launches stands the check, under no condition."""
+    text = (fa3_tree / "hopper" / source).read_text()
+    forward = text[text.index("\nmha_fwd(") : text.index("\nvoid run_mha_bwd(")]
+    before, offered = forward.split("    if (etap::fa3::try_run(")
+    lines = offered.split("\n")
+    assert lines[2] == "    }" and lines[3].startswith("    check_cache_dtypes();")
+    assert "run_mha_fwd(" not in before and "prepare_varlen_num_blocks(" not in before
+    lambda_, asked = before.split("    auto const check_cache_dtypes = [&] {\n")[1].split("    };\n", 1)
+    assert [line.split("CHECK(")[1][:16] for line in lambda_.splitlines()] == ["k.scalar_type() ", "v.scalar_type() "]
+    assert asked.startswith("    if (!etap::fa3::may_widen(q, k, v, q_v_)) { check_cache_dtypes(); }\n")
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,7 @@ def adapter(library: Path, monkeypatch) -> Adapter:
     made = Adapter(library)
     made.c.etap_flashinfer_set_mode(AUTO)
     made.c.etap_flashinfer_set_max_rows(64)
-    made.c.etap_flashinfer_set_p_parts(2)
+    made.c.etap_flashinfer_set_p_parts(0)
     made.c.etap_flashinfer_reset_counts()
     return made
 
@@ -306,7 +306,7 @@ def test_call(adapter: Adapter) -> None:
     assert seen == {
         "taken": True, "device": 1, "stream": 0x5001, "workspace_stream": 0x5001,
         "workspace": 0x9000, "workspace_for": 132032,
-        "fp16": 0, "row_tile": 32, "p_parts": 2, "num_ctas": 132,
+        "fp16": 0, "row_tile": 32, "p_parts": 0, "num_ctas": 132,
         "batch": 3, "num_heads": 16, "heads_divmod": 16, "q_len": 2, "causal": 1,
         "cu_seqlens_q": 0x100040, "page_indptr": 0x100050, "cache_seqlens": 0x10005C,
         "q_nope": 0x1000, "q_nope_stride": [0, 8192, 512], "q_rope": 0x2000, "q_rope_stride": [0, 1024, 64],
@@ -339,8 +339,8 @@ def test_row_tile(adapter: Adapter, heads: int, longest: int, tile: int) -> None
 
 
 def test_fp16_and_settings(adapter: Adapter) -> None:
-    assert adapter.c.etap_flashinfer_set_p_parts(1) == 2
-    assert adapter.c.etap_flashinfer_set_p_parts(3) == -1
+    assert adapter.c.etap_flashinfer_set_p_parts(1) == 0  # which leaves the number to the GPU and the cache
+    assert adapter.c.etap_flashinfer_set_p_parts(3) == adapter.c.etap_flashinfer_set_p_parts(-1) == -1
     half = {
         name: tensor(0x1000, shape, FP16)
         for name, shape in {

@@ -16,6 +16,7 @@ from dispatch_fixtures import (
     VLLM,
     Recorder,
     clean_modules,
+    e4m3,
     engine,
     hopper,
     kvcache_call,
@@ -23,7 +24,7 @@ from dispatch_fixtures import (
     stub,
     vllm_call,
 )
-from engine_fixtures import idle_engine, ones, sgl_engine, vllm_engine
+from engine_fixtures import REFUSAL, idle_engine, ones, refusing_engine, sgl_engine, vllm_engine
 
 import etap_integration
 from etap_integration import numerics, shadowing
@@ -174,7 +175,7 @@ def test_records_hold_shapes_and_no_contents(tmp_path: Path) -> None:
     shape = {
         "function": "sgl_kernel.flash_attn.flash_attn_with_kvcache", "served": "upstream", "batch": 3, "heads": 8,
         "q_len": 2, "q_tokens": 5, "ragged": True, "page_size": 1, "capacity": 64, "kv_lens": [7, 10, 13],
-        "dtype": "bfloat16", "causal": True, "return_lse": False, "fused": True, "lse_max_error": None,
+        "dtype": "bfloat16", "e4m3": False, "causal": True, "return_lse": False, "fused": True, "lse_max_error": None,
     }  # fmt: skip
     assert shape.items() <= rows[0].items()
     text = path.read_text()
@@ -252,3 +253,14 @@ def test_calls_that_waited_for_the_host_are_left_out_of_the_times() -> None:
     session._compared = 2
     session.records.extend([record("upstream", 900, 90, late=True), record("etap", 900, 90, late=True)])
     assert "so the times above hold the host's" in str(session.summary())
+
+
+def test_an_e4m3_cache_that_upstream_refuses() -> None:
+    """Its error is the program's where it serves, and a comparison that failed where ETAP does."""
+    fa3, operator, one = refusing_engine(), Recorder(compute=True), e4m3(kvcache_call())
+    options: dict[str, Any] = {"fraction": 1.0, "operator": operator, "machine": hopper}
+    with etap_integration.shadow(FA3, **options), pytest.raises(RuntimeError, match=REFUSAL):
+        fa3.flash_attn_with_kvcache(**one)
+    with etap_integration.shadow(FA3, serve="etap", **options) as session:
+        assert fa3.flash_attn_with_kvcache(**one).shape == one["qv"].shape
+    assert (session.summary().compared, session.summary().failed) == (0, {f"RuntimeError: {REFUSAL}": 1})

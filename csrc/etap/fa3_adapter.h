@@ -1,5 +1,6 @@
 // What the patched FlashAttention-3 includes in flash_api.cpp and flash_api_stable.cpp: mha_fwd's arguments, after its
-// own checks, in the form that csrc/fa3/ judges and runs. Host C++ only; the tensor class is the including file's.
+// own checks, in the form that csrc/fa3/ judges and runs; and, before them, whether the cache may be ETAP's alone. Host
+// C++ only; the tensor class is the including file's.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -62,8 +63,42 @@ inline bool is_batch_index(Tensor const& t, Tensor const& q, int batch) {
          t.get_device() == q.get_device() && t.is_contiguous();
 }
 
-inline Call describe(Flash_fwd_params const& f, Tensor const& q, Tensor const& qv,
-                     std::optional<Tensor> const& kv_batch_idx, bool appends_kv) {
+// An e4m3 cache beside a 16-bit query.
+inline bool has_e4m3_cache(Tensor const& q, Tensor const& k, Tensor const& v) {
+  using Type = decltype(q.scalar_type());
+  Type const type = q.scalar_type();
+  return (type == Type::BFloat16 || type == Type::Half) && k.scalar_type() == Type::Float8_e4m3fn &&
+         v.scalar_type() == Type::Float8_e4m3fn;
+}
+
+// Whether mha_fwd, which refuses such a cache, is to put its check of dtypes off until try_run() has declined the call.
+inline bool may_widen(Tensor const& q, Tensor const& k, Tensor const& v, std::optional<Tensor> const& qv) {
+  return qv && has_e4m3_cache(q, k, v);
+}
+
+// mha_fwd's descales, (batch, KV heads).
+struct Descales {
+  std::optional<Tensor> const& q;
+  std::optional<Tensor> const& k;
+  std::optional<Tensor> const& v;
+};
+
+// Upstream's shape for the one KV head, or what the operator takes: one per request, or one for all.
+inline bool is_descale(std::optional<Tensor> const& t, Tensor const& q, int batch) {
+  if (!t) return true;
+  bool const per_request = (t->dim() == 1 || (t->dim() == 2 && t->size(1) == 1)) && t->size(0) == batch;
+  return t->scalar_type() == decltype(t->scalar_type())::Float && (per_request || t->numel() == 1) && t->is_cuda() &&
+         t->get_device() == q.get_device();
+}
+
+inline void set_scale(std::optional<Tensor> const& t, float const** data, int64_t* stride) {
+  if (!t) return;  // the value counts
+  *data = static_cast<float const*>(t->data_ptr());
+  *stride = t->numel() > 1 ? t->stride(0) : 0;
+}
+
+inline Call describe(Flash_fwd_params const& f, Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& qv,
+                     std::optional<Tensor> const& kv_batch_idx, Descales const& descales, bool appends_kv) {
   Call call{};
   call.arch = f.arch;
   call.head_dim = f.d;
@@ -82,7 +117,9 @@ inline Call describe(Flash_fwd_params const& f, Tensor const& q, Tensor const& q
   call.has_seqused_q = f.seqused_q != nullptr;
   call.qv_ok = goes_with(qv, q, f.dv);
   call.batch_idx_ok = !kv_batch_idx || is_batch_index(*kv_batch_idx, q, f.b);
+  call.descales_ok = !descales.q && is_descale(descales.k, q, f.b) && is_descale(descales.v, q, f.b);
   call.is_bf16 = f.is_bf16;
+  call.cache_is_e4m3 = has_e4m3_cache(q, k, v);
   call.num_sm = f.num_sm;
 
   bool const ragged = f.cu_seqlens_q != nullptr, paged = f.page_table != nullptr;
@@ -114,6 +151,12 @@ inline Call describe(Flash_fwd_params const& f, Tensor const& q, Tensor const& q
   p.page_table_stride = f.page_table_batch_stride;
   p.max_pages = paged && f.page_size > 0 ? f.seqlen_k / f.page_size : 0;
   if (kv_batch_idx && call.batch_idx_ok) p.cache_batch_idx = static_cast<int const*>(kv_batch_idx->data_ptr());
+  // Each descale goes with the tensor it is named after. The latent is V and most of K: v_descale is its scale in both.
+  p.ckv_scale = p.kpe_scale = 1.0f;
+  if (call.cache_is_e4m3 && call.descales_ok) {
+    set_scale(descales.v, &p.ckv_scale_data, &p.ckv_scale_stride);
+    set_scale(descales.k, &p.kpe_scale_data, &p.kpe_scale_stride);
+  }
   p.out = f.o_ptr;
   p.out_stride = {f.o_batch_stride, f.o_row_stride, f.o_head_stride};
   p.lse = static_cast<float*>(f.softmax_lse_ptr);  // (batch, heads, tokens), or (heads, total_q)
@@ -124,13 +167,14 @@ inline Call describe(Flash_fwd_params const& f, Tensor const& q, Tensor const& q
 
 // True: output and LSE are enqueued on the current stream. False: nothing was done, and upstream's code goes on.
 // num_splits does not matter: ETAP's partial results are merged inside the kernel, and every call is reproducible.
-inline bool try_run(Flash_fwd_params const& params, Tensor const& q, std::optional<Tensor> const& qv,
-                    std::optional<Tensor> const& kv_batch_idx, bool appends_kv, int64_t /*num_splits*/) {
+inline bool try_run(Flash_fwd_params const& params, Tensor const& q, Tensor const& k, Tensor const& v,
+                    std::optional<Tensor> const& qv, std::optional<Tensor> const& kv_batch_idx,
+                    Descales const& descales, bool appends_kv, int64_t /*num_splits*/) {
   if (!qv) {
     note_not_mla();
     return false;
   }
-  Call const call = describe(params, q, *qv, kv_batch_idx, appends_kv);
+  Call const call = describe(params, q, k, v, *qv, kv_batch_idx, descales, appends_kv);
   if (!accept(call)) return false;
   int const device = q.get_device();
   launch(call, device, current_stream(device));

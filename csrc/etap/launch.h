@@ -26,8 +26,8 @@ constexpr int row_tile_for(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 1
 // Keys per TMA box for a cache of these elements, or 0 if it must be gathered.
 int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
-// 2, but 1 on an H20 (the Hopper GPU with 78 SMs), where the tensor cores are the limit, and for an e4m3 cache, whose P is
-// float16.
+// 2, but 1 on an H20 (the Hopper GPU with 78 SMs), where the tensor cores are the limit, and for an e4m3 cache, whose P
+// is float16.
 constexpr int default_p_parts(CacheFormat cache, int sms) {
   return cache != CacheFormat::kQueryType || sms == 78 ? 1 : 2;
 }

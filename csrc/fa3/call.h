@@ -33,6 +33,7 @@ enum class Reason {
   kBatchIdxFormat,
   kPagedBatchIdx,
   kScale,
+  kDescale,
   kAlignment,
   kSmMargin,
   kSlower,
@@ -44,7 +45,7 @@ constexpr char const* kReasons[] = {
     "nothing to compute: no query or no key",
     "switched off",
     "GPU: not of compute capability 9.0",
-    "dtype: neither bfloat16 nor float16",
+    "dtype: queries neither bfloat16 nor float16",
     "head dimensions: not 64 (q, k) and 512 (qv, v)",
     "KV heads: more than one",
     "rows: heads x max_seqlen_q above the limit",
@@ -60,6 +61,7 @@ constexpr char const* kReasons[] = {
     "kv_batch_idx (cache_batch_idx): not batch contiguous int32 values on the GPU",
     "kv_batch_idx (cache_batch_idx) with page_table",
     "softmax_scale: not positive",
+    "descale: q_descale beside 16-bit queries, or k_descale or v_descale not float32 (batch, 1) on the GPU",
     "q, qv or out: rows are not 16-byte aligned",
     "sm_margin: leaves no SM",
     "upstream is faster: more than 32 rows, or more than 16 and at most 4 requests",
@@ -72,12 +74,15 @@ struct Call {
   int arch, head_dim, head_dim_v, kv_heads, attention_chunk;
   int total_q, total_k;
   float softmax_scale, softcap;
-  bool is_e4m3, is_local;
+  bool is_e4m3;  // the query
+  bool is_local;
   bool has_leftpad, appends_kv, has_cu_seqlens_k, has_seqused_q;
   bool qv_ok;         // qv goes with q
   bool batch_idx_ok;  // there is none, or it is well formed
+  bool descales_ok;   // of an e4m3 cache: none of the query's, and the cache's are well formed or not given
 
   bool is_bf16;
+  bool cache_is_e4m3;      // beside a 16-bit query: upstream has no kernel for it
   int num_sm;              // after sm_margin
   MlaDecodeParams params;  // all but the workspace and what launch_mla_decode fills in
 };
@@ -91,7 +96,9 @@ inline bool rows_aligned(void const* data, RowStrides const& stride, MlaDecodePa
 }
 
 // Measured: etap_integration/dispatch/decision.py has the same rules, with figures.
-inline bool upstream_is_faster(MlaDecodeParams const& p) {
+inline bool upstream_is_faster(Call const& c) {
+  if (c.cache_is_e4m3) return false;
+  MlaDecodeParams const& p = c.params;
   int64_t const rows = int64_t(p.num_heads) * p.q_len;
   return rows > 32 || (rows > 16 && p.batch <= 4);
 }
@@ -121,6 +128,7 @@ inline Reason judge(Call const& c, int max_rows) {
   if (!c.batch_idx_ok) return Reason::kBatchIdxFormat;
   if (p.cache_batch_idx && p.page_table) return Reason::kPagedBatchIdx;
   if (!(c.softmax_scale > 0.0f)) return Reason::kScale;  // 0 or less would turn a mask's -inf into NaN or +inf
+  if (c.cache_is_e4m3 && !c.descales_ok) return Reason::kDescale;
   if (!rows_aligned(p.q_nope, p.q_nope_stride, p, c.total_q) ||
       !rows_aligned(p.q_rope, p.q_rope_stride, p, c.total_q) || !rows_aligned(p.out, p.out_stride, p, c.total_q)) {
     return Reason::kAlignment;
@@ -133,8 +141,9 @@ inline Reason judge(Call const& c, int max_rows) {
 
 // Counts a call without qv; nothing else is done with it.
 void note_not_mla();
-// Whether ETAP takes the call, as the switch, judge() and, for "auto", upstream_is_faster() say; counts the reason. Throws std::runtime_error where the
-// switch is "always" and ETAP cannot run the call, or where ETAP_FA3 has a value that means nothing.
+// Whether ETAP takes the call, as the switch, judge() and, for "auto", upstream_is_faster() say; counts the reason.
+// Throws std::runtime_error where the switch is "always" and ETAP cannot run the call, or where ETAP_FA3 has a value
+// that means nothing.
 bool accept(Call const& call);
 // Enqueues an accepted call. Throws std::runtime_error if CUDA reports an error.
 void launch(Call const& call, int device, cudaStream_t stream);

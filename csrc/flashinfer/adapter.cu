@@ -21,7 +21,7 @@ namespace etap::flashinfer {
 namespace {
 
 constexpr int kDefaultMaxRows = 32;  // beyond, the kernel reads the cache more than once
-constexpr int kDefaultPParts = 2;
+constexpr int kDefaultPParts = 0;    // as the GPU's default is
 
 Switch<kNumReasons> g_switch("ETAP_FLASHINFER");
 std::atomic<int> g_max_rows{kDefaultMaxRows};
@@ -84,9 +84,10 @@ ETAP_EXPORT int etap_flashinfer_set_max_rows(int rows) {
   return rows < 0 ? -1 : etap::flashinfer::g_max_rows.exchange(rows, std::memory_order_relaxed);
 }
 
-// 2: P in a high and a low 16-bit part; 1: rounded. Returns the previous number, or -1 for another one.
+// 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20 and for an e4m3 cache. Returns the
+// previous number, or -1 for another one.
 ETAP_EXPORT int etap_flashinfer_set_p_parts(int parts) {
-  return parts != 1 && parts != 2 ? -1 : etap::flashinfer::g_p_parts.exchange(parts, std::memory_order_relaxed);
+  return parts < 0 || parts > 2 ? -1 : etap::flashinfer::g_p_parts.exchange(parts, std::memory_order_relaxed);
 }
 
 // Reasons are numbered from 0, "taken".

@@ -62,7 +62,9 @@ class Interface:
 
 
 _SAME = ("page_table", "cache_seqlens", "cu_seqlens_q", "max_seqlen_q", "softmax_scale", "causal", "out")
-_COMMON = MappingProxyType({"q_rope": "q", "q_nope": "qv", **{name: name for name in _SAME}})
+# A descale goes with the tensor it is named after: the rope part is upstream's K, the latent its V.
+_DESCALES = {"ckv_scale": "v_descale", "kpe_scale": "k_descale"}
+_COMMON = MappingProxyType({"q_rope": "q", "q_nope": "qv", **{name: name for name in _SAME}, **_DESCALES})
 _VARLEN = MappingProxyType({**_COMMON, "k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k"})
 _NEEDED = ("q_rope", "q_nope", "k_cache", "v_cache", "cache_seqlens", "softmax_scale", "causal", "return_lse")
 
@@ -99,13 +101,15 @@ class Call:
     q_rope          (batch, sq, heads, 64), ragged (total_q, heads, 64); bfloat16 or float16
     q_nope          the same with 512; None where the call is no MLA call
     k_cache         the rope cache: (pages, page_size, 1, 64), or (batch, seqlen, 1, 64) without a page table
-    v_cache         the latent cache: the same with 512
+    v_cache         the latent cache: the same with 512; both in the queries' dtype, or both in float8_e4m3fn
     page_table      (batch, max_pages) int32, or None
     cache_seqlens   (batch,) int32, or an int for all requests
     cu_seqlens_q    (batch + 1,) int32 where the queries are ragged, with `max_seqlen_q`
     softmax_scale   None: upstream's default was resolved into a number already, where there is one
     causal, out, return_lse   as the operator's
     cache_batch_idx (batch,) int32: the caches' row of each request, or None
+    ckv_scale, kpe_scale   what an e4m3 v_cache and k_cache are multiplied by: float32 (batch, 1), (batch,) or one
+                    element, or a number; None: 1
     others          every other keyword that has a say: those passed, and those whose default in the installed function
                     is not neutral; name -> value
     machine         of q_rope's device
@@ -125,6 +129,8 @@ class Call:
     out: Any = None
     return_lse: Any = False
     cache_batch_idx: Any = None
+    ckv_scale: Any = None
+    kpe_scale: Any = None
     others: Mapping[str, Any] = field(default_factory=dict)
     machine: Machine = NOT_CUDA
     malformed: str | None = None
@@ -155,6 +161,11 @@ class Call:
         return self.k_cache.shape[1] * (1 if self.page_table is None else self.page_table.shape[1])
 
     @property
+    def e4m3(self) -> bool:
+        """Whether the cache is in float8_e4m3fn."""
+        return getattr(self.k_cache, "dtype", None) == torch.float8_e4m3fn
+
+    @property
     def length_bound(self) -> int:
         """No request is longer than this; taken from the host's numbers alone."""
         if type(self.cache_seqlens) is int:
@@ -174,6 +185,8 @@ class Call:
             "cu_seqlens_q",
             "out",
             "cache_batch_idx",
+            "ckv_scale",
+            "kpe_scale",
         )
         parts = [f"{name} {_brief(getattr(self, name))}" for name in fields if getattr(self, name) is not None]
         parts += [f"{name}={_brief(value)}" for name, value in self.others.items() if value is not None]
@@ -220,7 +233,7 @@ class Normaliser:
         defaults = {n: p.default for n, p in parameters.items() if p.default is not empty}
         order = (  # Call's fields
             "q_rope", "q_nope", "k_cache", "v_cache", "page_table", "cache_seqlens", "cu_seqlens_q", "max_seqlen_q",
-            "softmax_scale", "causal", "out", "return_lse", "cache_batch_idx",
+            "softmax_scale", "causal", "out", "return_lse", "cache_batch_idx", "ckv_scale", "kpe_scale",
         )  # fmt: skip
         names = [present.get(role, role) for role in order]
         self._fields = itemgetter(*names)

@@ -82,9 +82,7 @@ NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cache_leftpad": (_is_none, "cache_leftpad"),
     "seqused_q": (_is_none, "seqused_q"),
     "cu_seqlens_k": (_is_none, "cu_seqlens_k: packed keys"),
-    "q_descale": (_is_none, "descale factors"),
-    "k_descale": (_is_none, "descale factors"),
-    "v_descale": (_is_none, "descale factors"),
+    "q_descale": (_is_none, "q_descale"),
     "window_size": (_no_window, "window_size"),
     "attention_chunk": (_is_zero, "attention_chunk"),
     "softcap": (_is_zero, "softcap"),
@@ -141,10 +139,14 @@ def _value_reason(call: Call) -> str | None:
             return "cache_seqlens exceeds the cache"
     if torch.is_grad_enabled() and (
         call.q_rope.requires_grad or call.q_nope.requires_grad or call.k_cache.requires_grad
-        or call.v_cache.requires_grad or (call.out is not None and call.out.requires_grad)
+        or call.v_cache.requires_grad or any(getattr(x, "requires_grad", False) for x in _optional(call))
     ):  # fmt: skip
         return GRADIENTS
     return None
+
+
+def _optional(call: Call) -> tuple[Any, Any, Any]:
+    return call.out, call.ckv_scale, call.kpe_scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,9 +163,10 @@ def _static_reason(call: Call, limits: Limits) -> str | None:
     device = q.device
     return (
         _machine_reason(call, device)
-        or _dtype_reason(q.dtype, (qv.dtype, k.dtype, v.dtype))
+        or _dtype_reason(q.dtype, qv.dtype, k.dtype, v.dtype)
         or _query_reason(call, device)
         or _cache_reason(call, device)
+        or _scale_reason(call, device)
         or ("too many query rows" if call.rows > limits.max_rows else None)
         or (None if call.out is None else _out_reason(call.out, qv))
     )
@@ -181,12 +184,14 @@ def _machine_reason(call: Call, device: torch.device) -> str | None:
     return None
 
 
-def _dtype_reason(dtype: torch.dtype, others: tuple[torch.dtype, ...]) -> str | None:
-    if any(x.itemsize == 1 for x in (dtype, *others)):
-        return "FP8 or other 8-bit queries or cache"
-    if any(x not in _DTYPES for x in (dtype, *others)):
+def _dtype_reason(q: torch.dtype, qv: torch.dtype, k: torch.dtype, v: torch.dtype) -> str | None:
+    cache = (q, q) if k == v == torch.float8_e4m3fn and q in _DTYPES else (k, v)
+    dtypes = (q, qv, *cache)
+    if any(x.itemsize == 1 for x in dtypes):
+        return "8-bit queries, or an 8-bit cache that is not float8_e4m3fn throughout"
+    if any(x not in _DTYPES for x in dtypes):
         return "a dtype is neither bfloat16 nor float16"
-    return None if all(x == dtype for x in others) else "q, qv and the caches differ in dtype"
+    return None if all(x == q for x in dtypes) else "q, qv and the caches differ in dtype"
 
 
 def _query_reason(call: Call, device: torch.device) -> str | None:
@@ -230,6 +235,21 @@ def _cache_reason(call: Call, device: torch.device) -> str | None:
     return None
 
 
+def _scale_reason(call: Call, device: torch.device) -> str | None:
+    for scale in (call.ckv_scale, call.kpe_scale):
+        if scale is None:
+            continue
+        if not call.e4m3:
+            return "descale factors of a 16-bit cache"
+        if isinstance(scale, Tensor):
+            known = scale.numel() == 1 or scale.shape in ((call.batch,), (call.batch, 1))
+            if scale.dtype != torch.float32 or scale.device != device or not known:
+                return "a descale factor is not a float32 tensor (batch, 1) on the queries' device"
+        elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            return "a descale factor is neither a tensor nor a positive number"
+    return None
+
+
 def _int32(value: Any, dims: int, device: torch.device) -> bool:
     if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.device != device or value.dim() != dims:
         return False
@@ -244,7 +264,9 @@ def _out_reason(out: Any, qv: Tensor) -> str | None:
     return None if last == 1 and rows and out.storage_offset() % 8 == 0 else "out has unaligned rows"
 
 
-def attention_key(q: Tensor, qv: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> tuple[Any, ...]:
+def attention_key(
+    q: Tensor, qv: Tensor, k: Tensor, v: Tensor, out: Tensor | None, ckv_scale: Tensor | None, kpe_scale: Tensor | None
+) -> tuple[Any, ...]:
     """With `index_key`, all that `supports` looks at in the tensors of a call, gradients apart.
 
     The machine goes without saying: it is the one of the device. Raises AttributeError where something is no tensor.
@@ -253,6 +275,8 @@ def attention_key(q: Tensor, qv: Tensor, k: Tensor, v: Tensor, out: Tensor | Non
         q.shape, q.dtype, q.device, qv.shape, qv.dtype, qv.device,
         k.shape, k.dtype, k.device, k.stride(), v.shape, v.dtype, v.device, v.stride(),
         None if out is None else (out.shape, out.dtype, out.device, out.stride(), out.storage_offset() % 8),
+        None if ckv_scale is None else (ckv_scale.shape, ckv_scale.dtype, ckv_scale.device),
+        None if kpe_scale is None else (kpe_scale.shape, kpe_scale.dtype, kpe_scale.device),
     )  # fmt: skip
 
 
@@ -293,7 +317,7 @@ class Rule:
 
 
 # What measurements of the operator against an unpatched upstream found, one rule a region; then the cost model, which
-# its tests hold against measurements.
+# its tests hold against measurements. All for a 16-bit cache.
 MEASURED_RULES: tuple[Rule, ...] = (
     # The kernel reads the cache once for every 32 rows: 15% slower than FlashAttention-3 at 64 rows and 4K keys.
     Rule("more than 32 query rows: upstream is faster", lambda rows, batch, length, sms: rows > 32, rows_only=True),
@@ -316,22 +340,26 @@ def slower(rows: int, batch: int, length_bound: int, sms: int, rules: tuple[Rule
 
 
 def refused_by_query(call: Call, limits: Limits) -> bool:
-    """Whether keywords and the shape of q are enough for upstream to get a call that it gets."""
+    """Whether keywords, the shape of q and the dtype of k are enough for upstream to get a call that it gets."""
     if keyword_reason(call) is not None:
         return True
     q, qv = call.q_rope, call.q_nope
     if not isinstance(q, Tensor) or not isinstance(qv, Tensor) or _query_reason(call, q.device) is not None:
         return False
-    by_rows = (rule for rule in MEASURED_RULES if rule.rows_only and limits.only_where_faster)
+    measured = limits.only_where_faster and not call.e4m3
+    by_rows = (rule for rule in MEASURED_RULES if rule.rows_only and measured)
     return call.rows > limits.max_rows or any(rule.upstream_wins(call.rows, 0, 0, 0) for rule in by_rows)
 
 
 def choose(call: Call, rules: tuple[Rule, ...] | None = None) -> tuple[bool, str]:
     """Whether ETAP is the faster one, for a call that `supports` let through: yes, where no rule says otherwise.
 
-    Looks at rows, batch, an upper bound of the lengths that the host knows, and the number of SMs. Returns as
+    Looks at rows, batch, an upper bound of the lengths that the host knows, and the number of SMs. Always yes for an
+    e4m3 cache: FlashAttention-3 has no kernel for it, FlashInfer one that is several times slower. Returns as
     `supports` does.
     """
+    if call.e4m3:
+        return True, SUPPORTED
     reason = slower(call.rows, call.batch, call.length_bound, call.machine.sms, rules)
     return reason is None, reason or SUPPORTED
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from etap_integration.dispatch.calls import Call, Normaliser
 from etap_integration.dispatch.decision import ACCEPTED, attention_key, index_key
 
-_ATTENTION, _INDEX = ("q_rope", "q_nope", "k_cache", "v_cache", "out"), (
+_ATTENTION, _INDEX = ("q_rope", "q_nope", "k_cache", "v_cache", "out", "ckv_scale", "kpe_scale"), (
     "page_table", "cache_seqlens", "cu_seqlens_q", "cache_batch_idx",
 )  # fmt: skip
 TENSORS = (*_ATTENTION, *_INDEX)
@@ -39,6 +39,7 @@ class Facts:
     batch: int = 0
     capacity: int = 0
     sms: int = 0
+    measured: bool = True  # whether the measured rules are about it
     run: Callable[..., Any] | None = None  # of the tensors, in the order of `TENSORS`; None: it did not run yet
 
 
@@ -68,7 +69,7 @@ class Form:
         self._plain = itemgetter(*others, -1, -1)  # at least two, for it to return a tuple
         self._max_seqlen_k = place.get("max_seqlen_k", -1)
         self._known: dict[tuple[Any, ...], Facts] = {}
-        self._refused: dict[tuple[Any, ...], Facts] = {}  # by q's shape alone, whatever the tensors
+        self._refused: dict[tuple[Any, ...], Facts] = {}  # by q's shape and k's dtype alone
         self._index_keys: dict[tuple[Any, ...], int] = {}
         self._last_index: tuple[Any, ...] = (_nothing, _nothing, _nothing, _nothing, self._number(()))
 
@@ -81,7 +82,7 @@ class Form:
         attention = self._attention(values)
         try:
             plain = self._plain(values)
-            if (facts := self._refused.get((attention[0].shape, plain))) is not None:
+            if (facts := self._refused.get((attention[0].shape, attention[2].dtype, plain))) is not None:
                 return facts
             facts = self._known.get((attention_key(*attention), self._index_number(values), plain))
         except (AttributeError, TypeError):  # a number in a tensor's place, a value that cannot be hashed
@@ -112,7 +113,7 @@ class Form:
     def remember(self, values: Sequence[Any], facts: Facts, by_query: bool) -> None:
         """Keeps `facts` for calls like this one, unless it is of a kind that cannot be told by its key.
 
-        by_query: they hold at other tensors too, if q's shape is the same.
+        by_query: they hold at other tensors too, if q's shape and k's dtype are the same.
         """
         tensors, plain = self.tensors(values), self._plain(values)
         if not all(map(_is_plain, plain)):
@@ -120,8 +121,8 @@ class Form:
         if max(len(self._known), len(self._refused), len(self._index_keys)) >= self.CAPACITY:
             self._known, self._refused, self._index_keys = {}, {}, {}
             self._last_index = (_nothing, _nothing, _nothing, _nothing, self._number(()))
-        if by_query and isinstance(tensors[0], Tensor):
-            self._refused[tensors[0].shape, plain] = facts
+        if by_query and isinstance(tensors[0], Tensor) and isinstance(tensors[2], Tensor):
+            self._refused[tensors[0].shape, tensors[2].dtype, plain] = facts
             return
         if not all(isinstance(x, Tensor) or (x is None and i >= 4) for i, x in enumerate(tensors)):
             return

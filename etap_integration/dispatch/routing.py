@@ -121,7 +121,7 @@ class Engine:
         run = None
         if ran:
             run = self._runner(call) if self._checked is None else self._checked_runner(call, self._checked)
-        return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, run)
+        return Facts(None, call.rows, call.batch, call.capacity, call.machine.sms, not call.e4m3, run)
 
     def _runner(self, call: Call) -> Callable[..., Any]:
         """Runs the operator on the tensors (`TENSORS`) of calls like `call`, none of which it keeps."""
@@ -133,12 +133,16 @@ class Engine:
         )
         max_q = call.max_seqlen_q if call.cu_seqlens_q is not None else None
         num_ctas, after_lse = _num_ctas(call) or None, self.after_lse
+        scaled = call.ckv_scale is not None or call.kpe_scale is not None
 
-        def run(q, qv, k, v, out, table, lengths, cu, index):
+        def run(q, qv, k, v, out, ckv_scale, kpe_scale, table, lengths, cu, index):
+            if scaled:
+                ckv_scale, kpe_scale = _per_request(ckv_scale), _per_request(kpe_scale)
             result = operator(
                 qv, q, v.squeeze(2), k.squeeze(2), table, lengths,  # views: one KV head
                 cu_seqlens_q=cu, max_seqlen_q=max_q, softmax_scale=scale, causal=causal, out=out,
-                return_lse=return_lse, num_ctas=num_ctas, cache_batch_idx=index,
+                return_lse=return_lse, num_ctas=num_ctas, ckv_scale=ckv_scale, kpe_scale=kpe_scale,
+                cache_batch_idx=index,
             )  # fmt: skip
             return (*result, *after_lse) if return_lse else result
 
@@ -151,12 +155,21 @@ class Engine:
         if call.return_lse:
             ragged = call.cu_seqlens_q is not None
             lse_shape = (call.heads, call.q_nope.shape[0]) if ragged else (call.batch, call.heads, max_q)
+        e4m3 = call.e4m3
 
-        def run(q, qv, k, v, out, table, lengths, cu, index):
-            result = operator(qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index)
+        def run(q, qv, k, v, out, ckv_scale, kpe_scale, table, lengths, cu, index):
+            rare = (_per_request(ckv_scale), _per_request(kpe_scale), 1) if e4m3 else ()  # P is float16, in one part
+            result = operator(
+                qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index, *rare
+            )
             return result if lse_shape is None else (*result, *after_lse)
 
         return run
+
+
+def _per_request(scale: Any) -> Any:
+    """(batch,) of upstream's (batch, KV heads), as a view; the operator's other forms as they are."""
+    return scale[:, 0] if isinstance(scale, torch.Tensor) and scale.dim() == 2 else scale
 
 
 def _num_ctas(call: Call) -> int:
@@ -195,7 +208,7 @@ def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
             facts = form.recall(values)
             if facts is not None:
                 reason = facts.reason
-                if reason is None and engine.limits.only_where_faster:
+                if reason is None and facts.measured and engine.limits.only_where_faster:
                     reason = slower(facts.rows, facts.batch, form.length_bound(values, facts), facts.sms)
                 if reason is None and facts.run is not None:
                     dispatched()

@@ -33,7 +33,8 @@ NO_PLAN = "FlashInfer: planned before enable(), and a CUDA graph is being captur
 _MAX_TABLE = 1 << 25  # entries of the rectangular page table
 _STATE = "_etap_plan"
 _QUERY, _CACHE = ("query", "q_nope", "q_pe"), ("kv_cache", "ckv_cache", "kpe_cache")
-_READ = frozenset((*_QUERY, *_CACHE, "out", "lse", "return_lse", "return_lse_base_on_e"))
+_SCALES = ("ckv_scale", "kpe_scale")
+_READ = frozenset((*_QUERY, *_CACHE, *_SCALES, "out", "lse", "return_lse", "return_lse_base_on_e"))
 _BUFFERS = ("_qo_indptr_buf", "_kv_indptr_buf", "_kv_indices_buf", "_kv_len_arr_buf")
 
 
@@ -93,6 +94,9 @@ class WrapperEngine:
         query, cache = _parts(given, _QUERY), _parts(given, _CACHE)
         if query is None or cache is None:
             return "FlashInfer: query or cache is neither a pair of tensors nor one tensor of 576 columns"
+        scales = tuple(given.get(name) for name in _SCALES)
+        if (reason := _scales_reason(wrapper, cache[0].dtype, scales)) is not None:
+            return reason
         contract = _contract(wrapper)
         if contract is not None and (
             _layout(given, _QUERY) != contract.query_layout or _layout(given, _CACHE) != contract.kv_cache_layout
@@ -110,7 +114,7 @@ class WrapperEngine:
         call = Call(
             query[1], query[0], cache[1].unsqueeze(2), cache[0].unsqueeze(2), plan.page_table, plan.cache_seqlens,
             plan.cu_seqlens_q, plan.longest, wrapper._sm_scale, bool(wrapper._causal), given.get("out"),
-            bool(given.get("return_lse", False)),
+            bool(given.get("return_lse", False)), ckv_scale=scales[0], kpe_scale=scales[1],
         )  # fmt: skip
         call.machine = self.machine(query[1].device)
         return call
@@ -137,6 +141,8 @@ class WrapperEngine:
             causal=call.causal,
             out=call.out,
             return_lse=call.return_lse,
+            ckv_scale=call.ckv_scale,
+            kpe_scale=call.kpe_scale,
         )
         if not call.return_lse:
             return result
@@ -192,6 +198,18 @@ def _parts(given: dict[str, Any], names: tuple[str, str, str]) -> tuple[Tensor, 
 
 def _layout(given: dict[str, Any], names: tuple[str, str, str]) -> str:
     return "packed" if isinstance(given.get(names[0]), Tensor) else "split"
+
+
+def _scales_reason(wrapper: Any, cache: torch.dtype, scales: tuple[Any, ...]) -> str | None:
+    """Why upstream has to judge the scales: it wants both with an e4m3 cache that was planned as one, else neither."""
+    if cache != torch.float8_e4m3fn:
+        given = any(x is not None for x in scales)
+        return "FlashInfer: ckv_scale or kpe_scale of a 16-bit cache" if given else None
+    if getattr(wrapper, "_kv_data_type", cache) != cache:
+        return "FlashInfer: another cache dtype than the planned one"
+    if all(type(x) in (int, float) for x in scales):
+        return None
+    return "FlashInfer: an e4m3 cache without both ckv_scale and kpe_scale as numbers"
 
 
 def _lse_reason(wrapper: Any, given: dict[str, Any]) -> str | None:

@@ -52,9 +52,12 @@ def set_max_rows(rows: int) -> None:
 
 
 def set_p_parts(parts: int) -> None:
-    """2 (default): P in a high and a low 16-bit part; 1: rounded. ValueError for another number."""
-    if parts not in (1, 2):
-        raise ValueError(f"parts: {parts!r}, expected 1 or 2")
+    """2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20 and for an e4m3 cache.
+
+    Raises ValueError for another number.
+    """
+    if parts not in (0, 1, 2):
+        raise ValueError(f"parts: {parts!r}, expected 0, 1 or 2")
     _set("p_parts", parts)
 
 

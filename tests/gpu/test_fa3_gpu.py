@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from dispatch_fixtures import SGL, SIGNATURES, VLLM, clean_modules, from_signature, stub
+from dispatch_fixtures import E4M3, SGL, SIGNATURES, VLLM, clean_modules, from_signature, stub, unscaled
 from torch import Tensor
 
 from etap_integration import dispatch, numerics
@@ -121,7 +121,8 @@ def prepared() -> None:
 @dataclass(frozen=True)
 class Case:
     """A call of flash_attn_with_kvcache. page_size 0: not paged; q_lens: ragged queries; rows: of the cache, where
-    cache_batch_idx picks them; fused: K and V are views of one 576-wide buffer; more: further keywords."""
+    cache_batch_idx picks them; fused: K and V are views of one 576-wide buffer; e4m3: the cache's dtype, with these
+    descales, of all requests or of each; more: further keywords."""
 
     lengths: tuple[int, ...]
     heads: int = 16
@@ -132,18 +133,21 @@ class Case:
     fused: bool = True
     dtype: torch.dtype = BF16
     causal: bool = False
+    e4m3: tuple[str, ...] | None = None
     more: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         kind = f"q_lens={self.q_lens}" if self.q_lens else f"sq={self.sq}"
+        rest = [name for name, _ in self.more] + (["e4m3", *self.e4m3] if self.e4m3 is not None else [])
         return f"{max(self.lengths)}x{len(self.lengths)}-h{self.heads}-{kind}-page{self.page_size}" + "".join(
-            f"-{name}" for name, value in self.more
+            f"-{name}" for name in rest
         )
 
     def build(self) -> tuple[dict[str, Any], Callable[[], tuple[Tensor, Tensor]]]:
         """The call's keywords, and a function that computes output and LSE in fp64."""
         batch, longest = len(self.lengths), max(self.lengths)
         draw = lambda *shape: torch.randn(*shape, device="cuda", dtype=self.dtype)  # noqa: E731
+        kept = lambda *shape: draw(*shape) if self.e4m3 is None else draw(*shape).to(E4M3)  # noqa: E731
         table = index = None
         if self.page_size:
             width = -(-longest // self.page_size) + 1
@@ -154,10 +158,10 @@ class Case:
             if self.rows:
                 index = torch.randperm(self.rows, device="cuda", dtype=I32)[:batch]
         if self.fused:
-            kv = draw(*cache, 576)
+            kv = kept(*cache, 576)
             v, k = kv[..., :512], kv[..., 512:]
         else:
-            v, k = draw(*cache, 512), draw(*cache, 64)
+            v, k = kept(*cache, 512), kept(*cache, 64)
         queries = (sum(self.q_lens), self.heads) if self.q_lens else (batch, self.sq, self.heads)
         arguments: dict[str, Any] = {
             "q": draw(*queries, 64), "qv": draw(*queries, 512), "k_cache": k, "v_cache": v, "page_table": table,
@@ -167,15 +171,29 @@ class Case:
         if self.q_lens:
             ends = torch.tensor([0, *itertools.accumulate(self.q_lens)], dtype=I32, device="cuda")
             arguments |= {"cu_seqlens_q": ends, "max_seqlen_q": max(self.q_lens)}
+        if self.e4m3 is not None:
+            for name in self.e4m3:
+                kind = name.removeprefix("one ")
+                scale = 0.25 + 1.5 * torch.rand(1 if name != kind else batch, 1, device="cuda")
+                arguments[kind] = scale.expand(batch, 1)
         arguments |= dict(self.more)
 
         def exact() -> tuple[Tensor, Tensor]:
-            caches = [x.squeeze(2) if index is None else x.squeeze(2)[index.long()] for x in (v, k)]
-            return numerics.reference(
-                arguments["qv"], arguments["q"], *caches, table, self.lengths,
-                cu_seqlens_q=arguments.get("cu_seqlens_q"), softmax_scale=arguments["softmax_scale"],
-                causal=self.causal,
-            )  # fmt: skip
+            wide = [x.squeeze(2) if self.e4m3 is None else x.squeeze(2).double() for x in (v, k)]
+            caches = [x if index is None else x[index.long()] for x in wide]
+            ends = arguments.get("cu_seqlens_q")
+            operands, factor = unscaled(
+                (arguments["qv"], arguments["q"], *caches, table, self.lengths),
+                {
+                    "cu_seqlens_q": ends,
+                    "ckv_scale": arguments.get("v_descale"),
+                    "kpe_scale": arguments.get("k_descale"),
+                },
+            )
+            out, lse = numerics.reference(
+                *operands, cu_seqlens_q=ends, softmax_scale=arguments["softmax_scale"], causal=self.causal
+            )
+            return out * factor, lse
 
         return arguments, exact
 
@@ -255,6 +273,66 @@ def test_beside_upstream(case: Case, way: Way, fa3: ModuleType) -> None:
         assert rms(ours[0] - reference[0]) <= 1.1 * rms(reference[0].to(FP16) - reference[0])
         return
     no_worse(ours, theirs, reference)
+
+
+BOTH = ("k_descale", "v_descale")
+E4M3_CASES = [
+    Case(LENGTHS, e4m3=BOTH),
+    Case(LENGTHS, e4m3=("one k_descale", "one v_descale")),
+    Case(LENGTHS, e4m3=("v_descale",)),
+    Case(LENGTHS, e4m3=("k_descale",)),
+    Case(LENGTHS, e4m3=()),
+    Case(LENGTHS, e4m3=BOTH, dtype=FP16),
+    Case(LENGTHS, e4m3=BOTH, heads=8),
+    Case(LENGTHS, e4m3=BOTH, heads=32),
+    Case((300, 9), e4m3=BOTH, heads=64),
+    Case(LENGTHS, e4m3=BOTH, page_size=1),
+    Case(LENGTHS, e4m3=BOTH, page_size=7, fused=False),
+    Case(LENGTHS, e4m3=BOTH, page_size=0, rows=11),
+    Case(LENGTHS, e4m3=BOTH, heads=8, sq=4, causal=True),
+    Case(MIXED, e4m3=BOTH, q_lens=(2, 1, 2, 1), page_size=1, causal=True),
+]
+REFUSED = "query and key must have the same dtype"  # upstream's error
+
+
+@pytest.mark.parametrize("case", E4M3_CASES, ids=str)
+def test_e4m3_cache(case: Case, way: Way, fa3: ModuleType) -> None:
+    """Upstream has no kernel for it: the output's own rounding is the measure. ETAP takes it however many rows."""
+    arguments, exact = case.build()
+    before = way.taken()
+    with way.etap():
+        ours = fa3.flash_attn_with_kvcache(**arguments)
+    with way.etap(strict=True):
+        again = fa3.flash_attn_with_kvcache(**arguments)
+    assert way.taken() == before + 2
+    assert all(torch.equal(x, y) for x, y in zip(ours[:2], again[:2], strict=True))
+    out, lse = exact()
+    assert ours[0].dtype == case.dtype and ours[0].isfinite().all()
+    assert rms(ours[0] - out) <= 1.5 * rms(out.to(case.dtype) - out)
+    assert lse_error(ours[1], lse) <= 1e-5 * (1 + lse[lse.isfinite()].abs().max().item())
+    with way.upstream(), pytest.raises(RuntimeError, match=REFUSED):
+        fa3.flash_attn_with_kvcache(**arguments)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"cache_leftpad": torch.tensor([3, 0], dtype=I32)},
+        {"k_descale": torch.ones(2, 1, dtype=BF16)},
+        {"q_descale": torch.ones(2, 1)},
+        {"heads": 65},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_e4m3_that_etap_cannot_run_ends_in_upstreams_error(more: dict[str, Any], way: Way, fa3: ModuleType) -> None:
+    """And in none of its kernels."""
+    arguments, _ = Case((500, 70), e4m3=BOTH, heads=more.get("heads", 16)).build()
+    arguments |= {name: x.cuda() for name, x in more.items() if isinstance(x, Tensor)}
+    before = way.taken()
+    with way.etap(), pytest.raises(RuntimeError, match=REFUSED):
+        fa3.flash_attn_with_kvcache(**arguments)
+    assert way.taken() == before
+    torch.cuda.synchronize()
 
 
 def test_metadata_of_upstream_is_accepted(way: Way, fa3: ModuleType) -> None:
@@ -353,10 +431,11 @@ def test_the_switch(fa3: ModuleType, extension: ctypes.CDLL | None) -> None:
         extension.etap_fa3_set_mode(before)
 
 
+@pytest.mark.parametrize("e4m3", [None, BOTH], ids=["16-bit", "e4m3"])
 @pytest.mark.parametrize("page_size", [1, 64])
-def test_cuda_graph(page_size: int, way: Way, fa3: ModuleType) -> None:
-    """Captured once, replayed with other queries and lengths."""
-    arguments, _ = Case((900, 64, 700, 3), page_size=page_size).build()
+def test_cuda_graph(page_size: int, e4m3: tuple[str, ...] | None, way: Way, fa3: ModuleType) -> None:
+    """Captured once, replayed with other queries, lengths and descales."""
+    arguments, _ = Case((900, 64, 700, 3), page_size=page_size, e4m3=e4m3).build()
     call = lambda: fa3.flash_attn_with_kvcache(**arguments)  # noqa: E731
     with way.etap(strict=True):
         side = torch.cuda.Stream()
@@ -370,6 +449,8 @@ def test_cuda_graph(page_size: int, way: Way, fa3: ModuleType) -> None:
         for lengths in ((900, 64, 700, 3), (1, 0, 899, 65)):
             arguments["cache_seqlens"].copy_(torch.tensor(lengths))
             arguments["qv"].normal_()
+            for name in e4m3 or ():
+                arguments[name].mul_(1.25)
             graph.replay()
             eager = call()
             assert torch.equal(captured[0], eager[0]) and torch.equal(captured[1], eager[1])
