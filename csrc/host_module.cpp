@@ -65,7 +65,7 @@ pybind11::dict config() {
                               : "16-bit";
   d["row_tile"] = RowTile;
   d["p_parts"] = PParts;
-  d["wgmma_n"] = std::vector<int>{RowTile, Cfg::kPvRows};  // of S^T and of O^T
+  d["wgmma_n"] = std::vector<int>{Cfg::kScoreRows, Cfg::kPvRows};  // of S^T and of O^T
   d["smem_bytes"] = Cfg::kSharedBytes;
   d["ring_chunks"] = Cfg::kRing;
   d["threads"] = etap::kThreads;
@@ -88,6 +88,8 @@ PYBIND11_MODULE(_host, m) {
         "tiles of 64 keys. Raises ValueError for inconsistent arguments.");
   m.def("kernel_configs", [] {
     auto list = configs<CacheFormat::kQueryType>();
+    list.push_back(config<64, 1, CacheFormat::kQueryType>());
+    list.push_back(config<64, 2, CacheFormat::kQueryType>());
     for (auto const& more : {configs<CacheFormat::kE4m3>(), configs<CacheFormat::kE4m3Groups>(),
                              configs<CacheFormat::kE4m3GroupsRope16>()}) {
       list.insert(list.end(), more.begin(), more.end());

@@ -172,12 +172,13 @@ class Problem:
 class Instructions:
     """The wgmma of one 64-key tile: `count` instructions m64n`n`k16 for the scores and for the output.
 
-    useful: share of their multiply-adds that belong to real query rows.
+    useful: share of their multiply-adds that belong to real query rows. passes: how often the tile is worked on.
     """
 
     scores: tuple[int, int]
     output: tuple[int, int]
     useful: float
+    passes: int = 1
 
     def cycles(self, cost: Callable[[int], float]) -> float:
         """Sum of `cost(n)` over the instructions."""
@@ -187,7 +188,7 @@ class Instructions:
 def query_major_tile(rows: int) -> Instructions:
     """S = Q K^T and O = P V: query rows on M, padded to a multiple of 64; one 64 x 64 and two 64 x 256 accumulators."""
     blocks = -(-rows // 64)
-    return Instructions((blocks * D_QK // 16, 64), (blocks * 2 * TILE // 16, 256), rows / (64 * blocks))
+    return Instructions((blocks * D_QK // 16, 64), (blocks * 2 * TILE // 16, 256), rows / (64 * blocks), blocks)
 
 
 def transposed_tile(rows: int, p_parts: int = 1, row_tile: int = 32) -> Instructions:
@@ -199,7 +200,22 @@ def transposed_tile(rows: int, p_parts: int = 1, row_tile: int = 32) -> Instruct
     n = next(size for size in (8, 16, 32, 64) if size * passes >= rows)
     useful = rows * (D_QK + D_V) / (passes * n * (D_QK + p_parts * D_V))
     scores, output = D_QK // 16, D_V // 64 * TILE // 16
-    return Instructions((passes * scores, n), (passes * output, p_parts * n), useful)
+    return Instructions((passes * scores, n), (passes * output, p_parts * n), useful, passes)
+
+
+def etap_tile(rows: int, p_parts: int | None = None, kv_dtype: str = "bf16") -> Instructions:
+    """Our kernel's tile: `transposed_tile` up to 32 rows, and for an e4m3 cache.
+
+    Else each tile is read once for 64 rows: each of two warpgroups scores 32 of them and accumulates, with N = 64, half
+    the latent columns. That is counted, not measured. `p_parts` by default as the operator has it on an H200: 2, and 1
+    for an e4m3 cache and for more than 32 rows.
+    """
+    if rows <= 32 or kv_dtype == "e4m3":
+        return transposed_tile(rows, p_parts or (1 if kv_dtype == "e4m3" else 2))
+    passes, parts = -(-rows // 64), p_parts or 1
+    useful = rows * (D_QK + D_V) / (passes * 64 * (D_QK + parts * D_V))
+    scores, output = 2 * D_QK // 16, parts * D_V // 64 * TILE // 16
+    return Instructions((passes * scores, 32), (passes * output, 64), useful, passes)
 
 
 # How each scheduler deals the tiles: how many the most loaded SM gets, and the partial results of one request.
@@ -267,7 +283,7 @@ class Implementation:
 
 # fixed_us, memory, row_us, partial_us, small_page: from one H200 (docs/kernel-log.md). tensor: FlashAttention-3's,
 # FlashInfer's and the two published kernels' from their H20 throughput in arXiv:2506.01969, ETAP's from the emulated
-# H20. reread: from one measurement, 64 rows at 4K.
+# H20. reread: from one measurement, 64 rows at 4K in two tiles of 32.
 FA3 = Implementation(
     "fa3", query_major_tile, fa3_share, 12.1, 0.948, 0.93, partial_us=0.045, row_us=0.2, small_page=1.04
 )
@@ -278,7 +294,7 @@ FLASHINFER = Implementation(
 QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0.86, 0.90)
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
-    "etap", transposed_tile, even_share, 10.0, 0.955, 0.90, partial_us=0.01, row_us=0.28, reread=0.35, small_page=1.03,
+    "etap", etap_tile, even_share, 10.0, 0.955, 0.90, partial_us=0.01, row_us=0.28, reread=0.35, small_page=1.03,
     e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}
@@ -327,8 +343,7 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
 
     Args:
         problem, device, implementation: what, where, by which kernel.
-        p_parts: 16-bit parts of P in the `etap` kernel; None: 2, and 1 on an H20 and for an e4m3 cache, as the operator
-            has it.
+        p_parts: 16-bit parts of P in the `etap` kernel; None: what the operator has, 1 on an H20, else as `etap_tile`.
 
     Raises ValueError where the implementation has no kernel for the problem's cache.
     """
@@ -337,7 +352,7 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
         raise ValueError(f"{i.name} has no kernel for an {problem.kv_dtype} cache")
     instructions = i.tile(problem.rows)
     if i.name == "etap":
-        instructions = transposed_tile(problem.rows, p_parts or (2 if wide and device.tensor_slowdown == 1 else 1))
+        instructions = etap_tile(problem.rows, p_parts or (1 if device.tensor_slowdown > 1 else None), problem.kv_dtype)
     tiles, partials = i.share(problem, device.sms)
     tile_bytes = TILE * D_QK * KV_BYTES[problem.kv_dtype]
     per_tile = instructions.cycles(device.wgmma_cycles) / i.tensor
@@ -346,9 +361,8 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
     microseconds = tiles / device.clock_ghz / 1e3
     floor = floor_us(problem, device)
     stream = problem.kv_bytes / 1e6 / device.stream_tb_s
-    passes = instructions.scores[0] * 16 // D_QK
     gathered, rate = (i.small_page, i.memory) if wide else (i.e4m3_small_page, i.e4m3_memory)
-    again = (gathered if problem.page_size < 8 else 1.0) * (1 + i.reread * (passes - 1))
+    again = (gathered if problem.page_size < 8 else 1.0) * (1 + i.reread * (instructions.passes - 1))
     candidates = {
         "tensor": per_tile * microseconds,
         "memory": floor - LAUNCH_US + stream * (again / rate - 1),

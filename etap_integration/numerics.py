@@ -132,7 +132,8 @@ def etap_model(
     """The ETAP pipeline, S^T = K Q^T and O^T += V^T P^T over 64-key tiles.
 
     The tiles of a request are cut into `num_parts` contiguous shares, one per CTA; in each share two warpgroups take
-    alternate tiles, each with its own reference maximum m, sum l and O^T. S^T is fp32 of 16-bit products.
+    alternate tiles, each with its own reference maximum m, sum l and O^T; with more than 32 query rows (those of the
+    longest request) both work on every tile, which then has one of each. S^T is fp32 of 16-bit products.
     P^T = exp2(S^T c - m); m starts as the first tile's maximum and is raised to a tile's maximum only where that
     exceeds it by more than `raise_by`, when l and O^T are rescaled. P^T is rounded to the input dtype in one part, or
     split into a high and a low one (`p_parts` = 2). l sums the unrounded P. Warpgroups, then shares, are merged in
@@ -141,10 +142,12 @@ def etap_model(
     if p_parts not in (1, 2):
         raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
+    rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
+    groups = 2 if rows <= 32 else 1
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, 2, raise_by, p_parts)  # noqa: E741
-        for group in (2, num_parts):  # the two warpgroups of a share, then the shares
+        m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, groups, raise_by, p_parts)  # noqa: E741
+        for group in (groups, num_parts):  # the warpgroups of a share, then the shares
             m, l, ot = _merge(m, l, ot, group)  # noqa: E741
         return _finish(ot[0].T, l[0], m[0])
 

@@ -132,6 +132,17 @@ def test_wgmma_and_padding_counts_of_a_tile() -> None:
     assert costmodel.transposed_tile(16, p_parts=2).output == (32, 32)
 
 
+def test_the_tile_of_64_rows() -> None:
+    """Two products of 32 rows for the scores, N = 64 for the output, one pass; beyond, another pass for each 64."""
+    tile = costmodel.etap_tile(64)
+    assert (tile.scores, tile.output, tile.passes, tile.useful) == ((72, 32), (32, 64), 1, 1)
+    assert tile.cycles(H200.wgmma_cycles) == 2752
+    assert costmodel.etap_tile(64, 2).output == (64, 64) and costmodel.etap_tile(65).passes == 2
+    for rows, kv_dtype, parts in ((16, "bf16", 2), (32, "bf16", 2), (64, "e4m3", 1)):
+        assert costmodel.etap_tile(rows, kv_dtype=kv_dtype) == costmodel.transposed_tile(rows, parts)
+    assert costmodel.etap_tile(64, kv_dtype="e4m3").passes == 2
+
+
 def test_parts_of_p_are_the_operators() -> None:
     """2, but 1 on an H20 and for an e4m3 cache (csrc/etap/launch.h)."""
     for device, kv_dtype, parts in ((H200, "bf16", 2), (H200, "e4m3", 1), (H20, "bf16", 1), (H20, "e4m3", 1)):
@@ -195,14 +206,14 @@ def test_the_dispatcher_asks_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         costmodel.upstream_wins(rows, batch, n, sms)
         for rows in (1, 8, 16, 17, 32) for batch in batches for n in lengths for sms in (78, 132)
     )  # fmt: skip
-    assert costmodel.upstream_wins(64, 16, 4096, 132) and not costmodel.upstream_wins(64, 16, 4096, 78)
+    assert costmodel.upstream_wins(128, 16, 4096, 132) and not costmodel.upstream_wins(128, 16, 4096, 78)
     from dispatch_fixtures import SIGNATURES, from_signature, kvcache_call
 
     from etap_integration.dispatch.calls import KVCACHE, Normaliser
 
     key = ("flash_attn_interface", "flash_attn_with_kvcache")
     normalise = Normaliser(from_signature(*key, SIGNATURES[key]), KVCACHE, lambda device: Machine((9, 0), 132))
-    wide = normalise((), kvcache_call(heads=64, batch=16, page_size=64, pages=1024, cache_seqlens=4096))
+    wide = normalise((), kvcache_call(heads=128, batch=16, page_size=64, pages=1024, cache_seqlens=4096))
     (rule,) = (rule for rule in decision.MEASURED_RULES if rule.upstream_wins is costmodel.upstream_wins)
     assert choose(wide, (rule,)) == (False, "the cost model expects upstream to be faster")
     assert not choose(wide)[0]

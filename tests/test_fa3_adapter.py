@@ -384,7 +384,7 @@ def test_configuration(adapter: Adapter) -> None:
         )
     )
     assert seen["taken"] and seen["fp16"] == 1
-    for heads, q_len, tile in ((8, 1, 8), (16, 1, 16), (4, 4, 16), (32, 1, 32), (16, 4, 32)):
+    for heads, q_len, tile in ((8, 1, 8), (16, 1, 16), (4, 4, 16), (32, 1, 32), (33, 1, 64), (16, 4, 64)):
         shape = (3, q_len, heads)
         call = Call(h=heads, seqlen_q=q_len, q=tensor(0x1000, (*shape, 64)), qv=tensor(0x8000, (*shape, 512)))
         assert adapter.run(call)["row_tile"] == tile
@@ -761,7 +761,7 @@ UPSTREAM_NVCC_FLAGS = """
 """.split()
 
 
-KERNELS = ("bf16_rows16", "fp16_rows32", "bf16_e4m3_rows32", "fp16_e4m3_rows8")
+KERNELS = ("bf16_rows16", "fp16_rows32", "bf16_rows64", "bf16_e4m3_rows32", "fp16_e4m3_rows8")
 
 
 @pytest.mark.parametrize("name", ["adapter", "launch", "workspace", *(f"mla_decode_{kernel}" for kernel in KERNELS)])

@@ -331,11 +331,15 @@ def test_causal_is_kept_for_single_tokens(adapter: Adapter) -> None:
     assert adapter.run(mask_mode=0)["causal"] == 0
 
 
-@pytest.mark.parametrize(("heads", "longest", "tile"), [(8, 1, 8), (16, 1, 16), (3, 3, 16), (32, 1, 32), (16, 4, 32)])
+@pytest.mark.parametrize(
+    ("heads", "longest", "tile"), [(8, 1, 8), (16, 1, 16), (3, 3, 16), (32, 1, 32), (33, 1, 64), (16, 4, 64)]
+)
 def test_row_tile(adapter: Adapter, heads: int, longest: int, tile: int) -> None:
     shape = (5, heads)
     q = dict(q_nope=tensor(0x1000, (*shape, 512)), q_pe=tensor(0x2000, (*shape, 64)), o=tensor(0x3000, (*shape, 512)))
     assert adapter.run(**q, num_heads=heads, longest=longest)["row_tile"] == tile
+    e4m3 = dict(ckv=tensor(0x20000, (50, 4, 512), E4M3), kpe=tensor(0x90000, (50, 4, 64), E4M3))
+    assert adapter.run(**q, **e4m3, num_heads=heads, longest=longest)["row_tile"] == min(tile, 32)
 
 
 def test_fp16_and_settings(adapter: Adapter) -> None:

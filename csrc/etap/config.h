@@ -36,16 +36,22 @@ constexpr int kScaleGroups = kLatentDim / kScaleGroup;
 constexpr int kScaleTiles = 6;                      // tiles of scales in shared memory: more than the ring holds
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
-// More rows than 32 loop over row tiles: a warpgroup's registers hold O^T (512 x 32 fp32), and no more.
+// Up to 32 rows, a warpgroup's registers hold O^T (512 x 32 fp32), and each warpgroup owns whole tiles of keys. Of 64,
+// they hold half: O^T is split over the warpgroups by latent columns, S^T by rows, and both work on every tile. More
+// rows loop over row tiles.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
-  static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32);
+  static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
   static_assert(PParts == 1 || PParts == 2);
   static constexpr int kRowTile = RowTile;
   static constexpr int kPParts = PParts;
   static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
   static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
   static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
+  static constexpr bool kWide = RowTile == 64;                          // both warpgroups share every tile
+  static_assert(!(kWide && kE4m3));
+  static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;      // rows of S^T that one warpgroup has: N
+  static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
   // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and
   // fills half its slot.
   static constexpr int kElementBytes = kE4m3 ? 1 : 2;
@@ -56,35 +62,48 @@ struct TileConfig {
   __host__ __device__
 #endif
   static constexpr int latent_column(int i, int group) {            // that the i-th latent chunk begins with
-    return (i * kRingCols) ^ (group * (kLatentDim / 2));             // see latent_chunk
+    return (i * kRingCols) ^ (kWide ? 0 : group * (kLatentDim / 2));  // see latent_chunk
   }
+  // The block of O^T that a warpgroup finishes as its c-th of four. Wide: every second one, so that two warpgroups at
+  // work on their blocks free the ring's chunks in its order.
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+  static constexpr int own_block(int group, int c) { return kWide ? 2 * c + group : kLatentChunks / 2 * group + c; }
   static constexpr int kRopeRowBytes = kRopeDim * (kRope16 ? 2 : kElementBytes);
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
   // e4m3: the bytes of the next group of fragments are loaded while one is widened, where registers are left for them.
-  static constexpr bool kManyOutputs = RowTile == 32 || (kGroups && PParts == 2 && RowTile == 16);
+  static constexpr bool kManyOutputs = RowTile >= 32 || (kGroups && PParts == 2 && RowTile == 16);
   static constexpr bool kLoadsAhead = !kManyOutputs;
   // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
   static constexpr int kConsumerRegisters = kE4m3 && !kManyOutputs ? 208 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
-  static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T; RowTile is that of S^T
+  static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T
   static constexpr bool kParksStatistics = kGroups && RowTile == 32;  // in shared memory, while S^T is computed
   static constexpr int kQueryChunks = kTileChunks + (kE4m3 && !kGroups);  // kE4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
   // kGroups: a version of P^T for each group of latent columns, P x scale; with many rows in one buffer, not two in turn.
   static constexpr int kProbVersions = kGroups ? kScaleGroups : 1;
-  static constexpr int kProbTurns = kProbVersions * kProbBytes > 8192 ? 1 : 2;
-  static constexpr int kProbBuffers = kProbTurns * kConsumerGroups;
+  static constexpr int kProbTurns = kGroups && kProbVersions * kProbBytes > 8192 ? 1 : 2;
+  static constexpr int kProbBuffers = kWide ? 1 : kProbTurns * kConsumerGroups;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
-  static constexpr int kExchangeChunks = RowTile / 4;
+  static constexpr int kExchangeChunks = kWide ? 0 : RowTile / 4;
+  // Arrivals that free a ring chunk: one per warp that reads it last. Wide: eight, since all eight warps read the rope
+  // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
+  static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
   static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes;  // statistics, pieces, barriers
   static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
   static constexpr int kRing = kRingFit < kMaxRing ? kRingFit : kMaxRing;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
+  // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).
+  static constexpr int kRingShift = kRing % (2 * kRingTile);
+  static constexpr int kForeignFirst = kRingShift > kRingTile ? kRingShift - kRingTile : 0;
+  static constexpr int kForeignChunks = kRingShift > kRingTile ? 2 * kRingTile - kRingShift : kRingShift;
   static_assert(kRing >= kRingTile + 1 && kRing >= kExchangeChunks);
 };
 

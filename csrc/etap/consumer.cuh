@@ -1,6 +1,7 @@
 // The consumer warpgroups: S^T = K Q^T, P^T = exp2(S^T scale - m), O^T += V^T P^T, tile by tile.
 //
-// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both.
+// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both. With
+// 64 rows both work on every tile: see consumer_wide.cuh, which uses the stages of this file.
 //
 // Fragment of a 64 x N result: thread t of a warpgroup holds M = 16 (t / 32) + (t % 32) / 4 (+ 8) and
 // N = 8 j + 2 (t % 4) (+ 1), as d[4 j + 2 (M half) + (N parity)]. N is a query row; M is a key (S^T) or a latent
@@ -16,19 +17,20 @@ constexpr float kReferenceSlack = 8.0f; // scores may exceed the reference maxim
 
 template <class Cfg>
 struct ConsumerState {
-  static constexpr int kStats = Cfg::kRowTile / 4;  // rows that one thread holds statistics of
-  float out[kLatentChunks][Cfg::kPvRows / 2];       // O^T, in the order of latent_chunk
+  static constexpr int kStats = Cfg::kScoreRows / 4;  // rows that one thread holds statistics of
+  float out[Cfg::kOwnBlocks][Cfg::kPvRows / 2];       // O^T, in the order of latent_chunk; wide: of own_block
   float reference[kStats];                            // log2 units; the same in all threads of the warpgroup
   float sum[kStats];                                  // of this thread's keys alone
   bool fresh;                                         // no tile of this piece seen yet
   int group, warp, lane;                              // warp: within the warpgroup
 
-  // The query row (of the row tile) of statistics i.
+  // The query row of statistics i, among those that the warpgroup scores; the first of them in the row tile.
   ETAP_DEVICE int row_of(int i) const { return 8 * (i / 2) + 2 * (lane & 3) + (i & 1); }
+  ETAP_DEVICE int first_row() const { return Cfg::kWide ? group * Cfg::kScoreRows : 0; }
   ETAP_DEVICE void reset() {
     fresh = true;
 #pragma unroll
-    for (int c = 0; c < kLatentChunks; ++c) {
+    for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
 #pragma unroll
       for (int i = 0; i < Cfg::kPvRows / 2; ++i) out[c][i] = 0.0f;
     }
@@ -90,13 +92,18 @@ ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInf
   rows[thread] = target;
 }
 
-// S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
+// S^T of one tile, of the rows that the warpgroup scores. Each chunk is used as soon as it lands; the ring keeps the
+// chunks.
 template <class T, class Cfg>
 ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int group, bool gathered,
-                            float (&scores)[Cfg::kRowTile / 2]) {
+                            float (&scores)[Cfg::kScoreRows / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   uint32_t const ring = descriptor_low(shared_address(smem.ring));
-  uint32_t const query = descriptor_low(shared_address(smem.query));
+  uint32_t query = descriptor_low(shared_address(smem.query));
+  if constexpr (Cfg::kWide) {
+    query += group * (Cfg::kScoreRows * 128 / kDescriptorUnit);
+    group = 0;  // chunks come in one order
+  }
   uint32_t q = query + kLatentChunks * kQueryChunk;  // the rope chunk is last in Q, first in a tile
   ScaleOut scale = ScaleOut::Zero;
   ETAP_ROLLED
@@ -107,7 +114,7 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
     cute::warpgroup_arrive();
 #pragma unroll
     for (int j = 0; j < kChunkCols / 16; ++j) {
-      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), scores, scale);
+      wgmma<T, Cfg::kScoreRows, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), scores, scale);
       scale = ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
@@ -126,13 +133,13 @@ ETAP_DEVICE float score_scale(MlaDecodeParams const& p) {
 // Sets masked scores so that scale x score is -inf, whatever lay in the cache slot.
 template <class Cfg>
 ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, ConsumerState<Cfg> const& st, int tile,
-                             float (&scores)[Cfg::kRowTile / 2]) {
+                             float (&scores)[Cfg::kScoreRows / 2]) {
   float const masked = score_scale<Cfg>(p) < 0 ? INFINITY : -INFINITY;
   int const key = tile * kTileKeys + st.warp * 16 + st.lane / 4;
 #pragma unroll
   for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
     int limit = mask.len;
-    if (p.causal) limit = min(limit, mask.causal_gap + p.heads_divmod.divide(mask.row0 + st.row_of(i)) + 1);
+    if (p.causal) limit = min(limit, mask.causal_gap + p.heads_divmod.divide(mask.row0 + st.first_row() + st.row_of(i)) + 1);
     float& a = scores[4 * (i / 2) + (i & 1)];
     float& b = scores[4 * (i / 2) + 2 + (i & 1)];
     if (key >= limit) a = masked;
@@ -140,24 +147,26 @@ ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, C
   }
 }
 
-// Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not.
+// Zeroes the latent rows past the request's length: P is 0 there, but 0 x NaN is not. A warpgroup calls this, once none
+// of its warps needs these rows for S^T; the others may still be reading them.
 template <class Cfg>
-ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, int thread, int threads) {
+ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, ConsumerState<Cfg> const& st) {
+  sync_group(st.group);
   for (int c = 0; c < Cfg::kRingLatent; ++c) {
     at.advance();
-    for (int i = valid * 8 + thread; i < kTileKeys * 8; i += threads) {
+    for (int i = valid * 8 + st.warp * 32 + st.lane; i < kTileKeys * 8; i += 128) {
       *reinterpret_cast<uint4*>(smem.ring[at.slot] + i * 16) = make_uint4(0, 0, 0, 0);
     }
   }
 }
 
 // P^T of this warp's keys to shared memory, in 16-bit parts; returns whether a score exceeds its reference by more
-// than the slack. tile_sum gets this thread's sums.
+// than the slack. tile_sum gets this thread's sums. `prob`: where the first row that the warpgroup scores has its place.
 template <class T, class Cfg>
 ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg> const& st, uint32_t prob,
-                                     float const (&scores)[Cfg::kRowTile / 2],
+                                     float const (&scores)[Cfg::kScoreRows / 2],
                                      float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
-  constexpr int kBlocks = Cfg::kRowTile / 8;
+  constexpr int kBlocks = Cfg::kScoreRows / 8;
   uint32_t packed[Cfg::kPParts * kBlocks][2];  // [part, block of 8 rows][key half]
   bool exceeds = false;
 #pragma unroll
@@ -202,10 +211,11 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
 
 ETAP_DEVICE float& warp_entry(float4& of_warps, int warp) { return reinterpret_cast<float*>(&of_warps)[warp]; }
 
-// Raises the reference maximum to cover the tile, and rescales what was accumulated under the old one.
+// Raises the reference maximum to cover the tile, and rescales the sums under the old one; factor: by what.
 template <class Cfg>
-ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
-                                 float const (&scores)[Cfg::kRowTile / 2]) {
+ETAP_DEVICE void raise_maximum(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                               float const (&scores)[Cfg::kScoreRows / 2],
+                               float (&factor)[ConsumerState<Cfg>::kStats]) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
   auto& shared = smem.control.warp_stat[st.group];
 #pragma unroll
@@ -218,7 +228,6 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
     if (st.lane < 4) warp_entry(shared[st.row_of(i)], st.warp) = top;
   }
   sync_group(st.group);
-  float factor[kStats];
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
     float4 const tops = shared[st.row_of(i)];
@@ -227,6 +236,15 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
     st.reference[i] = m;
     st.sum[i] *= factor[i];
   }
+}
+
+// ... and O^T with them.
+template <class Cfg>
+ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                                 float const (&scores)[Cfg::kScoreRows / 2]) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  float factor[kStats];
+  raise_maximum(p, smem, st, scores, factor);
   if (!st.fresh) {
 #pragma unroll
     for (int c = 0; c < kLatentChunks; ++c) {
@@ -237,16 +255,17 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
   st.fresh = false;
 }
 
-// O^T += V^T P^T for the chunks this warpgroup owns, freeing each chunk behind it. `at`: the tile's rope chunk.
+// O^T += V^T P^T for the chunks this warpgroup owns (wide: every second one, see own_block), freeing each chunk behind
+// it. `at`: the tile's rope chunk.
 template <class T, class Cfg>
 ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at,
                                  uint32_t prob) {
-  at.advance();
+  at.advance(Cfg::kWide ? 1 + st.group : 1);
   uint32_t const ring = descriptor_low(shared_address(smem.ring)), p_low = descriptor_low(prob);
   uint32_t previous = at.slot;
   cute::warpgroup_arrive();
 #pragma unroll
-  for (int c = 0; c < kLatentChunks; ++c) {
+  for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
     uint32_t const v = ring + at.slot * (kChunkBytes / kDescriptorUnit);
 #pragma unroll
     for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
@@ -260,13 +279,13 @@ ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& s
     cute::warpgroup_commit_batch();
     if (c > 0) {
       cute::warpgroup_wait<1>();
-      if (st.lane == 0) smem.control.empty[previous].arrive();
+      if (st.lane < Cfg::kOwnerArrivals) smem.control.empty[previous].arrive();
     }
     previous = at.slot;
-    at.advance();
+    at.advance(Cfg::kWide ? 2 : 1);
   }
   cute::warpgroup_wait<0>();
-  if (st.lane == 0) smem.control.empty[previous].arrive();
+  if (st.lane < Cfg::kOwnerArrivals) smem.control.empty[previous].arrive();
 }
 
 // One tile of a warpgroup that owns whole tiles. `buffer` alternates per tile.
@@ -275,12 +294,13 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
                               MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
   float scores[Cfg::kRowTile / 2];
+  await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
   if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
     mask_scores(p, mask, st, tile, scores);
-    if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
+    if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st);
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
   float tile_sum[kStats];

@@ -250,6 +250,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
   RingPosition<Cfg> const latent = at.ahead(1);
   uint32_t const values = chunk_address(smem, latent) + offsets.values;
   float scores[Cfg::kRowTile / 2];
+  await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile_e4m3(smem, pipe, offsets, at, st.group, st.lane, scores);
   if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
   cute::warpgroup_wait<0>();
@@ -263,7 +264,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
     mask_scores(p, mask, st, tile, scores);
     if (end > mask.len) {
-      clear_tail(smem, at, mask.len - tile * kTileKeys, st.warp * 32 + st.lane, 128);
+      clear_tail(smem, at, mask.len - tile * kTileKeys, st);
       sync_group(st.group);
       if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
     }

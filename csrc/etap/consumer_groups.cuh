@@ -209,6 +209,7 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
     return LaneOffsets(st.warp, st.lane);
   };
   uint8_t* const prob_bytes = smem.prob[Cfg::kProbTurns * st.group + i / 2 % Cfg::kProbTurns];
+  await_previous_pass(smem, position().ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   float scores[Cfg::kRowTile / 2];
   if constexpr (Cfg::kParksStatistics) ParkedStatistics<Cfg>{prob_bytes}.park(st);
   score_tile_groups<T>(p, smem, st, pipe, lane_offsets(), position(), scale_position(), scores);
@@ -221,7 +222,7 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
   if (valid < kTileKeys || (p.causal && valid < kTileKeys + piece.q_len - 1)) {
     mask_scores(p, mask, st, tile, scores);
     if (valid < kTileKeys) {
-      clear_tail(smem, at, valid, st.warp * 32 + st.lane, 128);
+      clear_tail(smem, at, valid, st);
       sync_group(st.group);
       if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, chunk_address(smem, latent) + offsets.values, 0);
     }

@@ -1,8 +1,8 @@
 // End of a piece: the two warpgroups' results become one, and go to the output or, if other CTAs hold parts of the
-// same rows, to the workspace.
+// same rows, to the workspace. With 64 rows each warpgroup has results of its own: half the columns.
 #pragma once
 
-#include "consumer.cuh"
+#include "consumer_wide.cuh"
 #include "plan.cuh"
 #include "workspace.cuh"
 
@@ -87,18 +87,18 @@ ETAP_DEVICE void store_partial(float4* quads, ConsumerState<Cfg> const& st,
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
       float const* f = result[c] + 4 * j;
-      store_relaxed(quads + ((st.group * 4 + c) * kQuads + j) * 128, make_float4(f[0], f[1], f[2], f[3]));
+      store_relaxed(quads + (Cfg::own_block(st.group, c) * kQuads + j) * 128, make_float4(f[0], f[1], f[2], f[3]));
     }
   }
 }
 
-// Statistics of a partial result.
+// Statistics of a partial result, of the rows that the warpgroup scores.
 template <class Cfg>
 ETAP_DEVICE void store_stats(float2* stats, ConsumerState<Cfg> const& st) {
   if (st.warp > 0 || st.lane >= 4) return;
 #pragma unroll
   for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
-    store_relaxed(stats + st.row_of(i), make_float2(st.reference[i], st.sum[i]));
+    store_relaxed(stats + st.first_row() + st.row_of(i), make_float2(st.reference[i], st.sum[i]));
   }
 }
 
@@ -109,12 +109,13 @@ ETAP_DEVICE void store_float(MlaDecodeParams const& p, RowTarget const* rows, Co
   for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
     int64_t const target = rows[st.row_of(i)].out;
     if (target < 0) continue;
-    float* const out = static_cast<float*>(p.out) + target + st.group * 256 + st.warp * 16 +
-                       fragment_column<Cfg>(st.lane);
+    float* const out = static_cast<float*>(p.out) + target + Cfg::own_block(st.group, 0) * kChunkCols +
+                       st.warp * 16 + fragment_column<Cfg>(st.lane);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      out[c * kChunkCols] = result[c][4 * (i / 2) + (i & 1)];
-      out[c * kChunkCols + kColumnStep<Cfg>] = result[c][4 * (i / 2) + 2 + (i & 1)];
+      int const column = Cfg::own_block(0, c) * kChunkCols;
+      out[column] = result[c][4 * (i / 2) + (i & 1)];
+      out[column + kColumnStep<Cfg>] = result[c][4 * (i / 2) + 2 + (i & 1)];
     }
   }
 }
@@ -131,7 +132,16 @@ ETAP_DEVICE void store_neighbours(uint32_t base, uint32_t col16, int lane, float
   }
 }
 
-// 16-bit output through shared memory: 16 rows of this warpgroup's 256 columns per lent chunk.
+// 8 KB of the warpgroup's own, for its output on the way: the i-th chunk lent to it, or a part of Q.
+template <class Cfg>
+ETAP_DEVICE uint8_t* staging_chunk(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> const& lent,
+                                   int i) {
+  static_assert(!Cfg::kWide || Cfg::kQueryBytes >= kConsumerGroups * Cfg::kRowTile / 16 * kChunkBytes);
+  if constexpr (Cfg::kWide) return smem.query[0] + (st.group * (Cfg::kRowTile / 16) + i) * kChunkBytes;
+  return smem.ring[lent.ahead(i).slot];
+}
+
+// 16-bit output through shared memory: 16 rows of this warpgroup's 256 columns per staging chunk.
 template <class T, class Cfg>
 ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, RowTarget const* rows,
                             ConsumerState<Cfg> const& st, RingPosition<Cfg> const& lent,
@@ -140,7 +150,7 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
   uint32_t const half = (st.lane >> 3) & 1, upper = st.lane >> 4;
 #pragma unroll
   for (int b = 0; b < kBlocks; b += 2) {
-    uint32_t const base = shared_address(smem.ring[lent.ahead(b / 2).slot]);
+    uint32_t const base = shared_address(staging_chunk(smem, st, lent, b / 2));
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       float const* f = result[c] + 4 * b;
@@ -162,8 +172,10 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
     int64_t const target = rows[r].out;
     if (target < 0) continue;
     int const row = r % 16;
-    uint8_t const* from = smem.ring[lent.ahead(r / 16).slot] + row * 512 + ((st.lane ^ (row & 7)) << 4);
-    T* const out = static_cast<T*>(p.out) + target + st.group * 256 + st.lane * 8;
+    uint8_t const* from = staging_chunk(smem, st, lent, r / 16) + row * 512 + ((st.lane ^ (row & 7)) << 4);
+    int const column = Cfg::kWide ? Cfg::own_block(st.group, st.lane / 8) * kChunkCols + st.lane % 8 * 8
+                                  : st.group * 256 + st.lane * 8;
+    T* const out = static_cast<T*>(p.out) + target + column;
     *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(from);
   }
 }
@@ -181,6 +193,7 @@ ETAP_DEVICE float4* given_quad(SharedStorage<Cfg>& smem, ConsumerState<Cfg> cons
 // Each warpgroup gives the other its half of O^T's chunks.
 template <class Cfg>
 ETAP_DEVICE void give_half(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent) {
+  await_previous_pass(smem, lent, Cfg::kExchangeChunks, st.lane);
   for (int i = 0; i < Cfg::kExchangeChunks; ++i) {
     auto const at = lent.ahead(i);
     smem.control.full[at.slot].wait(at.parity);
@@ -271,6 +284,56 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   __syncwarp();
   for (int i = 0; i < kHalf; ++i) {
     if (st.lane == 0) smem.control.empty[lent.ahead(i).slot].arrive();
+  }
+}
+
+// 64 rows: the sum of a row of the row tile, from the warpgroup that scores it.
+template <class Cfg>
+ETAP_DEVICE float published_sum(SharedStorage<Cfg> const& smem, int row) {
+  float4 const s = reinterpret_cast<float4 const*>(smem.control.warp_stat)[row];
+  return (s.x + s.y) + (s.z + s.w);
+}
+
+// 64 rows: nothing is exchanged but statistics. Output goes through Q's space, so no ring chunks are lent, and the next
+// piece's keys are loaded meanwhile.
+template <class T, class Cfg>
+ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                   ConsumerState<Cfg>& st) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  asm volatile("" : "+r"(st.lane));  // else addresses that it gives are kept, spilled, from piece to piece
+  publish_statistics(smem, st);
+  sync_consumers();  // also: Q may be replaced
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) st.sum[i] = published_sum(smem, st.first_row() + st.row_of(i));
+  if (!piece.whole()) {
+    PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
+    int const slot = piece.slot(piece.part);
+    store_stats(buffer.stats(slot), st);
+    if (st.group == 0 && st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot);
+    store_partial(buffer.quads(slot) + st.warp * 32 + st.lane, st, st.out);
+    return;
+  }
+  RowTarget const* const rows = smem.control.rows[piece.table];
+  if (st.warp == 0 && st.lane < 4) {
+#pragma unroll
+    for (int i = 0; i < kStats; ++i) {
+      write_lse(p, rows[st.first_row() + st.row_of(i)], st.reference[i], st.sum[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
+    float const sum = published_sum(smem, st.row_of(i)), scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
+      st.out[c][4 * (i / 2) + (i & 1)] *= scale;
+      st.out[c][4 * (i / 2) + 2 + (i & 1)] *= scale;
+    }
+  }
+  if (p.out_fp32) {
+    store_float(p, rows, st, st.out);
+  } else {
+    store_half<T>(p, smem, rows, st, RingPosition<Cfg>{}, st.out);
+    sync_consumers();  // the next Q may come
   }
 }
 

@@ -4,6 +4,8 @@
 //   consumer 0                 | QK(0) softmax PV(0)         | QK(2) softmax PV(2) | ... exchange, store
 //   consumer 1                 |         QK(1) softmax PV(1) | QK(3) ...           | ... exchange, store
 //   all consumers              merge of the rows that several CTAs hold parts of
+//
+// With 64 rows both consumers work on every tile, and nothing is exchanged at the end.
 #pragma once
 
 #include "consumer_groups.cuh"
@@ -25,7 +27,7 @@ template <class Cfg>
 ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
   if (lane < Cfg::kRing) {
     smem.control.full[lane].init(p.box_rows ? 1 : 128);
-    smem.control.empty[lane].init(4);
+    smem.control.empty[lane].init(4 * Cfg::kOwnerArrivals);
   }
   if (lane < kPieceBuffers) {
     smem.control.piece_full[lane].init(1);
@@ -68,6 +70,11 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
       consume_tiles_groups<T>(p, smem, st, piece);
     } else if constexpr (Cfg::kE4m3) {
       consume_tiles_e4m3(p, smem, st, piece, mask);
+    } else if constexpr (Cfg::kWide) {
+      ETAP_ROLLED
+      for (int i = 0; i < tiles; ++i) {
+        consume_tile_wide<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i);
+      }
     } else {
       ETAP_ROLLED
       for (int i = group; i < tiles; i += kConsumerGroups) {
@@ -76,7 +83,11 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     }
     int lent = chunk + tiles * Cfg::kRingTile;
     if constexpr (Cfg::kGroups) lent = piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
-    finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
+    if constexpr (Cfg::kWide) {
+      finish_piece_wide<T>(p, smem, piece, st);
+    } else {
+      finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
+    }
     if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
     release_piece(smem, index, lane);
   }

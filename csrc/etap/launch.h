@@ -15,21 +15,23 @@ enum class Dtype { kBf16, kFp16 };
 struct LaunchConfig {
   Dtype dtype;   // of the query, and of the cache unless that is e4m3
   CacheFormat cache = CacheFormat::kQueryType;
-  int row_tile;  // 8, 16 or 32
+  int row_tile;  // 8, 16, 32, or 64 but for an e4m3 cache
   int p_parts;   // 16-bit parts of P: 1, 2, or 0 for the GPU's default
   int num_ctas;  // at most one per SM
 };
 
 // The smallest row tile that holds `rows`, or the largest there is.
-constexpr int row_tile_for(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : 32; }
+constexpr int row_tile_for(int64_t rows, CacheFormat cache) {
+  return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 || cache != CacheFormat::kQueryType ? 32 : 64;
+}
 
 // Keys per TMA box for a cache of these elements, or 0 if it must be gathered.
 int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
-// 2, but 1 on an H20 (the Hopper GPU with 78 SMs), where the tensor cores are the limit, and for an e4m3 cache, whose P
-// is float16.
-constexpr int default_p_parts(CacheFormat cache, int sms) {
-  return cache != CacheFormat::kQueryType || sms == 78 ? 1 : 2;
+// 2, but 1 where the tensor cores are or would be the limit, on an H20 (the Hopper GPU with 78 SMs) and for 64 rows, and
+// for an e4m3 cache, whose P is float16.
+constexpr int default_p_parts(CacheFormat cache, int row_tile, int sms) {
+  return cache != CacheFormat::kQueryType || row_tile == 64 || sms == 78 ? 1 : 2;
 }
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it

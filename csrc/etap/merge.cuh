@@ -9,14 +9,14 @@
 namespace etap {
 
 template <class Cfg>
-struct MergeScratch {  // lies over the ring, and Q behind it, which are idle by then
+struct MergeScratch {  // lies over the ring, Q and P^T, which are idle by then
   static constexpr int kStage = 16, kStatQuads = Cfg::kRowTile / 2;
   float4 stage[kStage][kConsumerThreads];  // quads of parts on their way in, each read by the thread that asked for it
   float4 group_sum[kConsumerThreads];
   float scale[Cfg::kRowTile];
   float2 stats[kMaxCtas][Cfg::kRowTile];   // per part and row: maximum and sum; then weight in x
   static_assert(sizeof(float4) * (kStage + 1) * kConsumerThreads + 4 * Cfg::kRowTile +
-                    sizeof(float2) * kMaxCtas * Cfg::kRowTile <= Cfg::kRing * kChunkBytes + Cfg::kQueryBytes);
+                    sizeof(float2) * kMaxCtas * Cfg::kRowTile <= Cfg::kSharedBytes - Cfg::kControlBytes);
 };
 
 // CuTe's statements do not tell the compiler that they write memory; these two do.

@@ -75,9 +75,10 @@ struct Plan {
   EvenCut flat;     // of total_tiles over num_ctas
 };
 
-struct Piece {
-  int request, row_tile;
+struct Piece {      // in this order, nvcc 13.0 spills nothing on its way to shared memory
+  int request;
   int begin, end;   // tiles of the virtual request
+  int row_tile;
   int num_parts;    // CTAs that hold a piece of it
   int part;         // this one's rank among them
   int first_cta;
@@ -130,7 +131,7 @@ ETAP_HD Piece aligned_piece(Plan const& plan, RequestWork w, int request, int pr
   EvenCut const cut(w.tiles, parts);
   Piece piece;
   piece.request = request;
-  piece.row_tile = w.row_tiles == 1 ? 0 : quotient(cta - prefix, parts);
+  piece.row_tile = quotient(cta - prefix, parts);
   piece.first_cta = prefix + piece.row_tile * parts;
   piece.first_slot = 2 * piece.first_cta;
   piece.num_parts = parts;

@@ -30,7 +30,9 @@ enum Barrier : uint32_t {
   kBarrierGroup1 = 1,     // 128 threads of consumer warpgroup 1: likewise
   kBarrierInit = 3,       // 64 threads: the barriers are initialised, for the warp that plans
   kBarrierStart = 4,      // the other 352 threads: likewise
-  kBarrierConsumers = 2,  // 256 threads: Q is in shared memory; O^T halves exchanged; steps of the merge
+  kBarrierConsumers = 2,  // 256 threads: Q is in shared memory; O^T halves exchanged; steps of the merge. 64 rows: P^T
+  kBarrierProbRead0 = 5,  // 64 rows. Warpgroup 0 arrives: it has read P^T. Warpgroup 1 waits, and writes the next
+  kBarrierProbRead1 = 6,  // the other way round
 };
 
 ETAP_DEVICE void sync_group(int group) { NamedBarrier::arrive_and_wait(128, kBarrierGroup0 + group); }

@@ -73,17 +73,18 @@ struct alignas(1024) SharedStorage {
   // Q: chunks of [row][64 columns], swizzled; rope last.
   uint8_t query[Cfg::kQueryChunks][Cfg::kRowTile * 128];
   // P^T as [part][row][64 keys], swizzled; two buffers per writer, so that a tile's writers need not wait for the
-  // readers of the tile before. With scales for groups of latent columns, a version for each, in the order of the
-  // tile's chunks.
+  // readers of the tile before. 64 rows: one, for a longer ring. With scales for groups of latent columns, a version for
+  // each, in the order of the tile's chunks.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbVersions * Cfg::kProbBytes];
   struct Control : ScaleStorage<Cfg> {
-    float4 warp_stat[kConsumerGroups][Cfg::kRowTile];  // of each warp of a warpgroup: tile maximum, or sum
-    float reference[kConsumerGroups][Cfg::kRowTile];   // per warpgroup: reference maximum (log2 units)
-    float row_scale[Cfg::kE4m3 ? Cfg::kRowTile : 1];   // e4m3: a score's factor to log2 units
+    float4 warp_stat[kConsumerGroups][Cfg::kScoreRows];  // of each warp of a warpgroup: tile maximum, or sum
+    float reference[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units)
+    float row_scale[Cfg::kE4m3 || Cfg::kWide ? Cfg::kRowTile : 1];  // e4m3: a score's factor to log2 units; 64 rows:
+                                                                    // O^T's, under a raised reference maximum
     float value_scale[Cfg::kE4m3 ? 4 : 1];             // e4m3: ckv_scale, by PieceInfo::table
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
-    EmptyBarrier empty[Cfg::kRing];    // one arrival per warp of the warpgroup that used the chunk last
+    EmptyBarrier empty[Cfg::kRing];    // 4 arrivals: the warps of the warpgroup that used the chunk last; 64 rows: 8
     EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
@@ -98,6 +99,18 @@ struct alignas(1024) SharedStorage {
 template <class Cfg>
 ETAP_DEVICE int& first_tile(SharedStorage<Cfg>& smem, PieceInfo const& piece) {
   return smem.control.first_tile[&piece - smem.control.piece];
+}
+
+// Waits until this pass of the ring can have begun in `count` chunks from `at` on: until the pass before has been used.
+// A full barrier's parity tells a pass from the one before, not from the one before that: where the pass before was the
+// other warpgroup's and is late (copies complete in any order), waiting for this pass alone would end at once, on old keys.
+template <class Cfg>
+ETAP_DEVICE void await_previous_pass(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int count, int lane) {
+  if (lane < count) {
+    RingPosition<Cfg> const own = at.ahead(lane);
+    smem.control.empty[own.slot].wait(own.parity ^ 1);
+  }
+  __syncwarp();
 }
 
 // ---- lengths

@@ -85,7 +85,7 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   LaunchConfig config;
   config.dtype = call.is_bf16 ? Dtype::kBf16 : Dtype::kFp16;
   config.cache = call.cache_is_e4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
-  config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len);
+  config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len, config.cache);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
   config.num_ctas = std::min(call.num_sm, kMaxCtas);
   check(acquire_workspace(device, stream, config, &params.workspace), "workspace");
@@ -119,8 +119,8 @@ ETAP_EXPORT int etap_fa3_set_only_where_faster(int on) {
   return etap::fa3::g_only_where_faster.exchange(on != 0, std::memory_order_relaxed);
 }
 
-// 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20 and for an e4m3 cache. Returns the
-// previous number, or -1 for another one.
+// 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20, for more than 32 rows and for an e4m3
+// cache. Returns the previous number, or -1 for another one.
 ETAP_EXPORT int etap_fa3_set_p_parts(int parts) {
   return parts < 0 || parts > 2 ? -1 : etap::fa3::g_p_parts.exchange(parts, std::memory_order_relaxed);
 }

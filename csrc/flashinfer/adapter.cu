@@ -20,7 +20,7 @@
 namespace etap::flashinfer {
 namespace {
 
-constexpr int kDefaultMaxRows = 32;  // beyond, the kernel reads the cache more than once
+constexpr int kDefaultMaxRows = 32;  // the 64-row kernel has not been measured
 constexpr int kDefaultPParts = 0;    // as the GPU's default is
 
 Switch<kNumReasons> g_switch("ETAP_FLASHINFER");
@@ -56,7 +56,7 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   LaunchConfig config{};
   config.dtype = call.q == Element::kBf16 ? Dtype::kBf16 : Dtype::kFp16;
   config.cache = call.ckv == Element::kE4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
-  config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len);
+  config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len, config.cache);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
   config.num_ctas = static_cast<int>(std::min<int64_t>(call.num_sm, kMaxCtas));
   check(acquire_workspace(device, stream, config, &params.workspace), "workspace");

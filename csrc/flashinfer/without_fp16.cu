@@ -1,3 +1,4 @@
 #include "absent.h"
 
 ETAP_ABSENT(fp16)
+ETAP_ABSENT_TILE(fp16, 64)

@@ -21,9 +21,11 @@ using Launcher = cudaError_t (*)(int, MlaDecodeParams const&, CUtensorMap const&
 ETAP_DECLARE(bf16, 8)
 ETAP_DECLARE(bf16, 16)
 ETAP_DECLARE(bf16, 32)
+ETAP_DECLARE(bf16, 64)
 ETAP_DECLARE(fp16, 8)
 ETAP_DECLARE(fp16, 16)
 ETAP_DECLARE(fp16, 32)
+ETAP_DECLARE(fp16, 64)
 ETAP_DECLARE(bf16_e4m3, 8)
 ETAP_DECLARE(bf16_e4m3, 16)
 ETAP_DECLARE(bf16_e4m3, 32)
@@ -49,8 +51,9 @@ ETAP_DECLARE(fp16_e4m3_groups_rope16, 32)
 
 namespace {
 
-constexpr Launcher kLaunchers[4][2][3] = {  // [cache][query][row tile]
-    {{launch_bf16_8, launch_bf16_16, launch_bf16_32}, {launch_fp16_8, launch_fp16_16, launch_fp16_32}},
+constexpr Launcher kLaunchers[4][2][4] = {  // [cache][query][row tile]
+    {{launch_bf16_8, launch_bf16_16, launch_bf16_32, launch_bf16_64},
+     {launch_fp16_8, launch_fp16_16, launch_fp16_32, launch_fp16_64}},
     {{launch_bf16_e4m3_8, launch_bf16_e4m3_16, launch_bf16_e4m3_32},
      {launch_fp16_e4m3_8, launch_fp16_e4m3_16, launch_fp16_e4m3_32}},
 #if !defined(ETAP_WITHOUT_GROUPS)
@@ -112,7 +115,7 @@ cudaError_t resolve_p_parts(LaunchConfig const& config, int* p_parts) {
   int device = 0, sms = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) *p_parts = default_p_parts(config.cache, sms);
+  if (status == cudaSuccess) *p_parts = default_p_parts(config.cache, config.row_tile, sms);
   return status;
 }
 
@@ -159,9 +162,9 @@ cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config
     }
     if (status != cudaSuccess) return status;
   }
-  int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : 2;
+  int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : config.row_tile == 32 ? 2 : 3;
   auto const launch = kLaunchers[int(config.cache)][config.dtype == Dtype::kFp16][index];
-  if (!launch) return cudaErrorNotSupported;
+  if (!launch) return cudaErrorInvalidValue;
   return launch(p_parts, params, ckv_map, kpe_map, config.num_ctas, stream);
 }
 

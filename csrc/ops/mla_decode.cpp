@@ -191,7 +191,7 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
                  : ckv_scale_arr ? CacheFormat::kE4m3Groups
                  : e4m3          ? CacheFormat::kE4m3
                                  : CacheFormat::kQueryType;
-  config.row_tile = row_tile_for(max_seqlen_q * params.num_heads);
+  config.row_tile = row_tile_for(max_seqlen_q * params.num_heads, config.cache);
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
   config.num_ctas = num_ctas == 0 ? sms : static_cast<int>(std::min<int64_t>(num_ctas, sms));

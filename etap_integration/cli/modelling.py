@@ -124,7 +124,10 @@ def roofline(problems: list[Problem], devices: list[Gpu], path: Path) -> None:
         width = costmodel.KV_BYTES[problems[0].kv_dtype] * costmodel.D_QK
         memory = [device.stream_tb_s * r * flop_per_row / width for r in rows]
         panel.plot(rows, memory, "k--", label="memory")
-        for label, tile in (("query-major", costmodel.query_major_tile), ("transposed", costmodel.transposed_tile)):
+        for label, tile in (
+            ("query-major", costmodel.query_major_tile),
+            ("transposed", lambda r: costmodel.etap_tile(r, 1)),
+        ):
             roof = [rate * r / tile(r).cycles(device.wgmma_cycles) for r in rows]
             panel.plot(rows, roof, label=f"wgmma, {label}")
         for p in problems:

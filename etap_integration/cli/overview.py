@@ -47,7 +47,7 @@ def instruction_counts() -> list[dict[str, Any]]:
     for rows in ROW_COUNTS:
         for name, tile in (
             ("query-major", costmodel.query_major_tile(rows)),
-            ("transposed", costmodel.transposed_tile(rows)),
+            ("transposed", costmodel.etap_tile(rows, 1)),
         ):
             cycles = {key: tile.cycles(GPUS[key].wgmma_cycles) for key in ("h200", "h20")}
             counted.append({"rows": rows, "pipeline": name, "scores": tile.scores, "output": tile.output,

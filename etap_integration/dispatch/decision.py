@@ -319,7 +319,8 @@ class Rule:
 # What measurements of the operator against an unpatched upstream found, one rule a region; then the cost model, which
 # its tests hold against measurements. All for a 16-bit cache.
 MEASURED_RULES: tuple[Rule, ...] = (
-    # The kernel reads the cache once for every 32 rows: 15% slower than FlashAttention-3 at 64 rows and 4K keys.
+    # Two tiles of 32 rows, the cache read twice: 15% slower than FlashAttention-3 at 64 rows and 4K keys. The kernel
+    # for 64 rows has not been measured.
     Rule("more than 32 query rows: upstream is faster", lambda rows, batch, length, sms: rows > 32, rows_only=True),
     # Up to 20% slower at 8K keys, up to 18% faster at 512, of which the host knows a bound alone. csrc/fa3/call.h has
     # the same two rules.

@@ -16,7 +16,7 @@ from typing import Any
 from etap_integration.patching import locations
 from etap_integration.patching.errors import UnknownNameError
 
-ROW_TILES = (8, 16, 32)
+ROW_TILES, E4M3_ROW_TILES = (8, 16, 32, 64), (8, 16, 32)
 HEAD_DIMS = (512, 64)  # latent, rope
 _MARK = "_etap_"
 _DTYPES = {"bf16": "bf16", "f16": "fp16"}  # FlashInfer's name in a module's name -> ours
@@ -86,7 +86,8 @@ def module_sources(name: str) -> list[Path]:
     sources = [csrc / "flashinfer" / name for name in ("adapter.cu", "launch.cu", "workspace.cu")]
     for family in (*_DTYPES.values(), *(f"{dtype}_e4m3" for dtype in _DTYPES.values())):
         if family == kernels:
-            sources += [csrc / f"instances/mla_decode_{family}_rows{tile}.cu" for tile in ROW_TILES]
+            tiles = ROW_TILES if family in _DTYPES.values() else E4M3_ROW_TILES
+            sources += [csrc / f"instances/mla_decode_{family}_rows{tile}.cu" for tile in tiles]
         else:
             sources.append(csrc / f"flashinfer/without_{family}.cu")
     return sources

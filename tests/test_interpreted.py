@@ -1,0 +1,211 @@
+"""The compiled kernels without a GPU: their PTX, interpreted, with their own host code around it.
+
+What the GPU tests ask of a kernel is asked here of the same code: results against fp64 under random schedules of warps
+and copies, and no deadlock, race in shared memory, missing proxy fence or access out of bounds (see tools/interpreter).
+ETAP_INTERPRETED_PROBLEMS sets how many problems are drawn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from problems import Built, Problem, build, draw, draw_e4m3, draw_groups, judge
+
+from etap_integration import mla_decode, ops
+from tools import etap_build
+from tools.interpreter import build as interpreter
+from tools.interpreter.implementation import Interpreted
+
+DRAWN = int(os.environ.get("ETAP_INTERPRETED_PROBLEMS", "100"))
+MISSING = interpreter.available()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"not run: {MISSING}")
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    return interpreter.load(etap_build.ROOT / "build/interpreter")
+
+
+@pytest.fixture
+def interpreted(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
+    """The operator on CPU tensors."""
+    monkeypatch.setattr(ops, "_check_device", lambda device, num_ctas: None)
+    monkeypatch.setattr(ops, "_LOAD_FAILURE", None)
+    implementation = Interpreted(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.library._scoped_library("etap", "FRAGMENT") as library:
+        library.impl("mla_decode", implementation, "CPU")
+        yield implementation
+    torch.set_num_threads(threads)
+
+
+def run(built: Built) -> tuple[torch.Tensor, torch.Tensor]:
+    out = built.new_out()
+    result = mla_decode(*built.args, **built.options, out=out, return_lse=True)
+    assert result[0] is out
+    return result
+
+
+def check(problem: Problem, calls: int = 2) -> None:
+    """Right, and the same bits under every schedule."""
+    built = build(problem, "cpu")
+    default = 1 if problem.e4m3 or problem.rows > 32 else 2
+    out, lse = run(built)
+    judge(built, out, lse, default if problem.precise is None else 2 if problem.precise else 1)
+    for _ in range(calls - 1):
+        again, lse_again = run(built)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again), f"another schedule, other bits: {problem}"
+
+
+def reduced(problem: Problem, seed: int) -> Problem:
+    """A drawn problem at a size that takes about a second."""
+    lengths = tuple(min(n, 1000) for n in problem.lengths)
+    return problem.with_(lengths=lengths, heads=min(problem.heads, 64), num_ctas=(None, 1, 2, 3, 4)[seed % 5])
+
+
+@pytest.mark.parametrize("seed", range(DRAWN))
+def test_drawn(seed: int, interpreted: Interpreted) -> None:
+    interpreted.seed = seed * 1000
+    interpreted.sms = 8 if seed % 3 == 0 else 4
+    check(reduced(draw(seed), seed))
+
+
+@pytest.mark.parametrize("seed", range(DRAWN // 2))
+def test_drawn_e4m3(seed: int, interpreted: Interpreted) -> None:
+    interpreted.seed = seed * 1000
+    interpreted.sms = 8 if seed % 3 == 0 else 4
+    check(reduced(draw_e4m3(seed), seed))
+
+
+@pytest.mark.parametrize("seed", range(DRAWN // 2))
+def test_drawn_groups(seed: int, interpreted: Interpreted) -> None:
+    interpreted.seed = seed * 1000
+    interpreted.sms = 8 if seed % 3 == 0 else 4
+    check(reduced(draw_groups(seed), seed))
+
+
+GROUPS = {"groups": {"groups": 4}, "both": {"groups": 4, "rope16": True}, "rope16": {"rope16": True}}
+
+
+@pytest.mark.parametrize("form", GROUPS)
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_one_request_with_scales_of_groups_split_over_many_ctas(
+    heads: int, form: str, interpreted: Interpreted
+) -> None:
+    interpreted.sms = 24
+    check(Problem(lengths=(64 * 24,), heads=heads, e4m3=True, **GROUPS[form]))
+    check(Problem(lengths=(5, 2000, 0, 64), heads=heads, e4m3=True, precise=True, **GROUPS[form]))
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 16, 24, 64])
+def test_page_edges(page_size: int, interpreted: Interpreted) -> None:
+    p = page_size or 64
+    edges = sorted({0, 1, 63, 64, 65, 127, 128, p - 1, p, p + 1, 2 * p - 1, 2 * p + 1})
+    check(Problem(lengths=tuple(edges), page_size=page_size, sq=2, causal=True, heads=8, seed=page_size))
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_more_requests_than_ctas(page_size: int, interpreted: Interpreted) -> None:
+    check(Problem(lengths=tuple(i * 7 % 203 for i in range(40)), page_size=page_size))
+    check(Problem(lengths=(0,) * 39 + (70,), page_size=page_size))
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_one_request_split_over_many_ctas(heads: int, e4m3: bool, interpreted: Interpreted) -> None:
+    interpreted.sms = 24
+    check(Problem(lengths=(64 * 24,), heads=heads, e4m3=e4m3))
+    check(Problem(lengths=(5, 2000, 0, 64), heads=heads, e4m3=e4m3))
+
+
+@pytest.mark.parametrize("logits", ["extreme", "rising", "falling"])
+def test_hard_logits(logits: str, interpreted: Interpreted) -> None:
+    for heads, precise in ((16, False), (32, True), (64, False), (64, True)):
+        check(Problem(lengths=(1000, 64), heads=heads, logits=logits, precise=precise))
+
+
+@pytest.mark.parametrize("seed", range(DRAWN // 2))
+def test_drawn_with_more_than_32_rows(seed: int, interpreted: Interpreted) -> None:
+    """Tiles of 64 rows, one or two of them, on up to 8 CTAs."""
+    interpreted.seed, interpreted.sms = seed * 1000, 8
+    problem, sq = reduced(draw(seed + 10_000), seed), 1 + seed % 4
+    q_lens = None if problem.q_lens is None else tuple(min(n, sq) for n in problem.q_lens)
+    heads = (33 + seed * 37 % 96 + sq - 1) // sq
+    check(problem.with_(heads=heads, sq=sq, q_lens=q_lens, num_ctas=1 + seed % 8))
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_many_parts_of_64_rows(precise: bool, interpreted: Interpreted) -> None:
+    """So many that the threads of the merge share the parts of a slice."""
+    interpreted.sms = 72
+    check(Problem(lengths=(64 * 72 - 5,), heads=64, precise=precise))
+
+
+def test_launches_follow_each_other_in_one_workspace(interpreted: Interpreted) -> None:
+    """Nothing is left from one launch to the next, nor to the one after that: the buffers take turns."""
+    built = [build(Problem(lengths=n, num_ctas=4), "cpu") for n in ((900,), (64,), (300, 70, 5), (0,), (640, 640))]
+    expected = [run(b)[0] for b in built]
+    for order in ((4, 0, 0, 3, 2), (1, 2, 3, 4, 0), (0, 4, 2, 2, 1)):
+        for i in order:
+            assert torch.equal(run(built[i])[0], expected[i]), built[i].problem
+
+
+# Each takes away something that a kernel cannot do without: pattern, replacement, and what must be noticed.
+GONE = "griddepcontrol.none"  # does nothing here
+MUTATIONS = {
+    "no proxy fence": (r"fence\.proxy\.async\.shared::cta", GONE, "no proxy fence|without an order"),
+    "chunks are never freed": (r"mbarrier\.arrive\.shared::cta\.b64", GONE, "deadlock"),
+    "wgmma is not waited for": (r"(wgmma\.wait_group\.sync\.aligned) \d", r"\1 7", "race|in flight|not waited for"),
+    "no barrier in a warpgroup": (r"bar\.red\.or\.pred\s+q,[^;]*;", "mov.pred q, p;", "race|no order"),
+    "no barrier between consumers": (r"bar\.sync", GONE, "race|no order|deadlock|initialised|no mbarrier"),
+    "copies are not expected": (r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64", GONE, "deadlock"),
+}
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_interpreter_notices(name: str, rows: int, module: ModuleType, interpreted: Interpreted) -> None:
+    pattern, replacement, noticed = MUTATIONS[name]
+    texts = module.texts()
+    try:
+        for i, text in enumerate(texts):
+            if f"mla_decode_kernelI13__nv_bfloat16NS_10TileConfigILi{rows}E" not in text:
+                continue
+            mutated, count = re.subn(pattern, replacement, text)
+            assert count, f"nothing to change: {pattern}"
+            module.replace(i, mutated)
+        with pytest.raises(RuntimeError, match=noticed):
+            for seed in range(20):
+                interpreted.seed = seed
+                run(build(Problem(lengths=(700, 65, 130), heads=rows, num_ctas=2), "cpu"))
+    finally:
+        for i, text in enumerate(texts):
+            module.replace(i, text)
+        interpreted.workspaces.clear()
+
+
+def test_the_interpreter_notices_reads_out_of_bounds(interpreted: Interpreted) -> None:
+    built = build(Problem(lengths=(700, 65), num_ctas=2, cache_layout="separate", page_size=1), "cpu")
+    q_nope, q_rope, ckv, kpe, table, lengths = built.args
+    table = table + (table == table[0, 3]) * 1000
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        mla_decode(q_nope, q_rope, ckv, kpe, table, lengths)
+
+
+def test_a_wrong_result_is_wrong(module: ModuleType, interpreted: Interpreted) -> None:
+    """The judge sees the interpreter's numbers: another exponential function does not pass."""
+    texts = module.texts()
+    try:
+        for i, text in enumerate(texts):
+            module.replace(i, re.sub(r"ex2\.approx\.ftz\.f32", "abs.f32", text))
+        with pytest.raises(AssertionError):
+            check(Problem(lengths=(700, 65), num_ctas=2))
+    finally:
+        for i, text in enumerate(texts):
+            module.replace(i, text)
