@@ -193,7 +193,7 @@ def test_the_interpreter_notices(name: str, rows: int, module: ModuleType, inter
 def test_the_interpreter_notices_reads_out_of_bounds(interpreted: Interpreted) -> None:
     built = build(Problem(lengths=(700, 65), num_ctas=2, cache_layout="separate", page_size=1), "cpu")
     q_nope, q_rope, ckv, kpe, table, lengths = built.args
-    table = table + (table == table[0, 3]) * 1000
+    table = table + (table == table[0, 3]).int() * 1000
     with pytest.raises(RuntimeError, match="out of bounds"):
         mla_decode(q_nope, q_rope, ckv, kpe, table, lengths)
 

@@ -290,7 +290,7 @@ bool Machine::progress_async(Cta& cta, bool late_too) {
   size_t copy = cta.tensor_copies.size();
   if (copy) {
     copy = random_() % copy;
-    if (late_too || !cta.tensor_copies[copy].late) choices.push_back(-1);
+    if (late_too || !cta.tensor_copies[copy].late || random_() % 2048 == 0) choices.push_back(-1);
   }
   if (choices.empty()) return false;
   int const chosen = choices[random_() % choices.size()];

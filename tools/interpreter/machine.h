@@ -115,7 +115,7 @@ struct TensorCopy {
   int32_t at[5];
   Knowledge issued;
   int warp, pc;
-  bool late;  // completes only when nothing else can go on
+  bool late;  // hardly ever completes while anything else can go on
 };
 
 struct InFlight {  // what a wgmma reads, to see that it stays so until it has been waited for
