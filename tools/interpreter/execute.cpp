@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
 
 #include "machine.h"
 #include "numbers.h"
@@ -313,6 +312,7 @@ void Machine::load(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     uint64_t at = address(w, i.args[1], l);
     bool const in_window = i.mode == 0 && at >= kSharedWindow && at < kSharedWindow + (1ull << 32);
     uint8_t const* from;
+    uint8_t global[16];
     if (i.mode == 1 || in_window) {
       uint32_t const offset = uint32_t(at);
       bounds(w, pc, offset, uint64_t(bytes) * count, bytes * count);
@@ -323,7 +323,8 @@ void Machine::load(Warp& w, int pc, Instruction const& i, uint32_t mask) {
       bool const param = at >= begin && at + bytes * count <= begin + launch_.params.size();
       if (!param && !memory_.allowed(at, uint64_t(bytes) * count, false)) fail(w, pc, "reads global memory out of bounds");
       if (at % (bytes * count)) fail(w, pc, "misaligned read of global memory");
-      from = reinterpret_cast<uint8_t const*>(at);
+      read_global(*w.cta, at, global, uint32_t(bytes * count));
+      from = global;
     }
     for (int n = 0; n < count; ++n) {
       uint64_t raw = 0;
@@ -340,7 +341,9 @@ void Machine::store(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     uint64_t const at = address(w, i.args[0], l);
     bool const in_window = i.mode == 0 && at >= kSharedWindow && at < kSharedWindow + (1ull << 32);
     uint8_t* to;
-    if (i.mode == 1 || in_window) {
+    uint8_t global[16];
+    bool const shared = i.mode == 1 || in_window;
+    if (shared) {
       uint32_t const offset = uint32_t(at);
       bounds(w, pc, offset, uint64_t(bytes) * count, bytes * count);
       check_write(w, pc, offset, bytes * count);
@@ -348,12 +351,13 @@ void Machine::store(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     } else {
       if (!memory_.allowed(at, uint64_t(bytes) * count, true)) fail(w, pc, "writes global memory out of bounds");
       if (at % (bytes * count)) fail(w, pc, "misaligned write of global memory");
-      to = reinterpret_cast<uint8_t*>(at);
+      to = global;
     }
     for (int n = 0; n < count; ++n) {
       uint64_t const raw = lane(w, from.kind == Operand::Vector ? from.parts[n] : from, l);
       std::memcpy(to + n * bytes, &raw, bytes);
     }
+    if (!shared) write_global(*w.cta, at, global, uint32_t(bytes * count));
   }
 }
 
@@ -365,6 +369,7 @@ void Machine::atomic(Warp& w, int pc, Instruction const& i, uint32_t mask) {
   EACH_LANE(l) {
     uint64_t const at = address(w, place, l), operand = lane(w, i.args[red ? 1 : 2], l);
     if (!memory_.allowed(at, bytes_of(t), true)) fail(w, pc, "atomic operation out of bounds");
+    if (w.cta->stores.find(at)) w.cta->stores.drain_all();
     uint64_t old = 0, made;
     std::memcpy(&old, reinterpret_cast<void const*>(at), bytes_of(t));
     if (i.has("add")) made = old + operand;
@@ -410,7 +415,10 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
   int const pc = g.pc;
   auto whole = [&] { return aligned_mask(w, g, ~0u); };
   switch (i.op) {
-    case Op::Nop: case Op::Fence: return Next::Continue;
+    case Op::Nop: return Next::Continue;
+    case Op::Fence:
+      cta.stores.drain_all();
+      return Next::Continue;
     case Op::Trap: fail(w, pc, "trap");
     case Op::Nanosleep: return Next::Yield;
     case Op::Mov: {

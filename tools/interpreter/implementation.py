@@ -18,6 +18,7 @@ class Interpreted:
 
     def __init__(self, module: ModuleType, *, seed: int = 0, sms: int = 4, check_races: bool = True) -> None:
         self.module, self.seed, self.sms, self.check_races = module, seed, sms, check_races
+        self.changes: dict[str, Any] = {}  # to the kernel's parameters: what only the upstream adapters set
         self.workspaces: dict[tuple[int, int], Tensor] = {}
 
     def workspace(self, num_ctas: int, row_tile: int) -> Tensor:
@@ -78,6 +79,7 @@ class Interpreted:
             "group_scale_page_stride": 0 if ckv_scale_arr is None else ckv_scale_arr.stride(0),
             "group_scale_row_stride": 0 if ckv_scale_arr is None else ckv_scale_arr.stride(1),
         }  # fmt: skip
+        fields |= self.changes
         memory = []
         for name, value in fields.items():
             if isinstance(value, Tensor):

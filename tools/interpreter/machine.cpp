@@ -78,13 +78,18 @@ void Machine::run() {
     size_t const index = random_() % live_.size();
     Warp& w = *live_[index];
     if (random_() % 4 == 0) progress_async(*w.cta, false);
+    StoreBuffer& stores = ctas_[random_() % ctas_.size()].stores;
+    for (size_t n = random_() % 64; n > 0 && stores.size(); --n) stores.drain(random_() % stores.size());
     if (w.slow && random_() % 64) continue;
     if (!step_warp(w)) {
       // Blocked: look for anything that can go on, from here on.
       bool found = false;
       for (size_t n = 1; n < live_.size() && !found; ++n) found = step_warp(*live_[(index + n) % live_.size()]);
       if (!found) {
-        for (auto& cta : ctas_) found = progress_async(cta, true) || found;
+        for (auto& cta : ctas_) {
+          found = progress_async(cta, true) || found || cta.stores.size();
+          cta.stores.drain_all();
+        }
         if (!found) throw Error("deadlock:\n" + state());
       }
     }
@@ -94,6 +99,7 @@ void Machine::run() {
   for (auto& cta : ctas_) {
     while (progress_async(cta, true)) {
     }
+    cta.stores.drain_all();
     for (auto& w : cta.warps) {
       if (w.wgmma.size() > 1 || !w.wgmma.back().empty()) throw Error("wgmma not waited for at the end");
     }
@@ -314,7 +320,7 @@ void Machine::finish_copy(Warp& w) {
     check_write(w, copy.pc, copy.shared[lane], copy.bytes);
     uint8_t* const to = w.cta->shared.data() + copy.shared[lane];
     std::memset(to, 0, copy.bytes);
-    if (copy.source_bytes[lane]) std::memcpy(to, reinterpret_cast<void const*>(copy.global[lane]), copy.source_bytes[lane]);
+    if (copy.source_bytes[lane]) read_global(*w.cta, copy.global[lane], to, copy.source_bytes[lane]);
   }
 }
 
@@ -380,6 +386,33 @@ void Machine::finish_tensor_copy(Cta& cta, size_t index) {
   b.knowledge.join(copy.issued);
   b.knowledge.seen.of[kAsync] = std::max(b.knowledge.seen.of[kAsync], cta.async_clock);
   complete_phase(b);
+}
+
+// ---- global memory
+void Machine::read_global(Cta const& cta, uint64_t from, void* to, uint32_t bytes) const {
+  std::memcpy(to, reinterpret_cast<void const*>(from), bytes);
+  if (!cta.stores.size()) return;
+  for (uint64_t word = from & ~3ull; word < from + bytes; word += 4) {
+    uint32_t const* const found = cta.stores.find(word);
+    if (!found) continue;
+    uint64_t const begin = std::max(word, from), end = std::min(word + 4, from + bytes);
+    std::memcpy(static_cast<uint8_t*>(to) + (begin - from), reinterpret_cast<uint8_t const*>(found) + (begin - word), end - begin);
+  }
+}
+
+void Machine::write_global(Cta& cta, uint64_t to, void const* from, uint32_t bytes) {
+  for (uint64_t word = to & ~3ull; word < to + bytes; word += 4) {
+    uint64_t const begin = std::max(word, to), end = std::min(word + 4, to + bytes);
+    uint32_t value;
+    read_global(cta, word, &value, 4);
+    std::memcpy(reinterpret_cast<uint8_t*>(&value) + (begin - word), static_cast<uint8_t const*>(from) + (begin - to), end - begin);
+    if (end - begin == 4) {
+      cta.stores.put(word, value);
+    } else {  // narrower stores are seen at once
+      std::memcpy(reinterpret_cast<void*>(begin), static_cast<uint8_t const*>(from) + (begin - to), end - begin);
+      if (cta.stores.find(word)) cta.stores.put(word, value);
+    }
+  }
 }
 
 // ---- shared memory

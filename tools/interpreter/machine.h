@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <map>
 #include <random>
@@ -149,8 +150,41 @@ struct Word {  // of shared memory: who wrote it last, and who has read it since
   int pc = -1;  // of the latest read
 };
 
+// Words that a CTA has stored to global memory and no other has seen yet. They arrive there in any order.
+class StoreBuffer {
+ public:
+  void put(uint64_t address, uint32_t value) {
+    auto const [it, fresh] = where_.try_emplace(address, words_.size());
+    if (fresh) words_.emplace_back(address, value);
+    else words_[it->second].second = value;
+  }
+  uint32_t const* find(uint64_t address) const {
+    auto const it = where_.find(address);
+    return it == where_.end() ? nullptr : &words_[it->second].second;
+  }
+  size_t size() const { return words_.size(); }
+  void drain(size_t index) {
+    auto const [address, value] = words_[index];
+    std::memcpy(reinterpret_cast<void*>(address), &value, 4);
+    where_.erase(address);
+    if (index + 1 < words_.size()) {
+      words_[index] = words_.back();
+      where_[words_[index].first] = index;
+    }
+    words_.pop_back();
+  }
+  void drain_all() {
+    while (!words_.empty()) drain(words_.size() - 1);
+  }
+
+ private:
+  std::vector<std::pair<uint64_t, uint32_t>> words_;
+  std::unordered_map<uint64_t, size_t> where_;
+};
+
 struct Cta {
   int index = 0;
+  StoreBuffer stores;
   std::vector<uint8_t> shared;
   std::vector<Word> words;
   std::vector<Warp> warps;
@@ -198,6 +232,10 @@ class Machine {
   void complete_phase(Mbarrier& b);
   bool phase_done(Cta& cta, uint32_t address, uint32_t parity) const;
   void release(Warp& w, Knowledge& to);
+
+  // global memory, as a CTA sees it
+  void read_global(Cta const& cta, uint64_t from, void* to, uint32_t bytes) const;
+  void write_global(Cta& cta, uint64_t to, void const* from, uint32_t bytes);
 
   // copies in flight
   void finish_tensor_copy(Cta& cta, size_t index);
