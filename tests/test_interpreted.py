@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from problems import Built, Problem, build, draw, draw_e4m3, judge
+from problems import Built, Problem, build, draw, draw_e4m3, draw_groups, judge
 
 from etap_integration import mla_decode, ops
 from tools import etap_build
@@ -82,6 +82,26 @@ def test_drawn_e4m3(seed: int, interpreted: Interpreted) -> None:
     interpreted.seed = seed * 1000
     interpreted.sms = 8 if seed % 3 == 0 else 4
     check(reduced(draw_e4m3(seed), seed))
+
+
+@pytest.mark.parametrize("seed", range(DRAWN // 2))
+def test_drawn_groups(seed: int, interpreted: Interpreted) -> None:
+    interpreted.seed = seed * 1000
+    interpreted.sms = 8 if seed % 3 == 0 else 4
+    check(reduced(draw_groups(seed), seed))
+
+
+GROUPS = {"groups": {"groups": 4}, "both": {"groups": 4, "rope16": True}, "rope16": {"rope16": True}}
+
+
+@pytest.mark.parametrize("form", GROUPS)
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_one_request_with_scales_of_groups_split_over_many_ctas(
+    heads: int, form: str, interpreted: Interpreted
+) -> None:
+    interpreted.sms = 24
+    check(Problem(lengths=(64 * 24,), heads=heads, e4m3=True, **GROUPS[form]))
+    check(Problem(lengths=(5, 2000, 0, 64), heads=heads, e4m3=True, precise=True, **GROUPS[form]))
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 16, 24, 64])

@@ -183,7 +183,7 @@ etap::RowStrides strides(py::handle three) {
 
 // Runs one launch. `fields`: MlaDecodeParams by name, pointers as integers. `memory`: (address, bytes, writable) of all
 // that the kernel may touch. Raises RuntimeError for whatever goes wrong in it.
-void run_mla_decode(py::dict fields, bool fp16, bool e4m3, int row_tile, int p_parts, int num_ctas, uint64_t workspace,
+void run_mla_decode(py::dict fields, bool fp16, int cache, int row_tile, int p_parts, int num_ctas, uint64_t workspace,
                     std::vector<std::tuple<uint64_t, uint64_t, bool>> const& memory, uint64_t seed, bool check_races) {
   etap::MlaDecodeParams p{};
   p.batch = fields["batch"].cast<int>();
@@ -224,6 +224,9 @@ void run_mla_decode(py::dict fields, bool fp16, bool e4m3, int row_tile, int p_p
   p.lse_stride = strides(fields["lse_stride"]);
   p.lse_unit = fields["lse_unit"].cast<float>();
   p.workspace = reinterpret_cast<void*>(workspace);
+  p.group_scale = pointer<float const>(fields["group_scale"]);
+  p.group_scale_page_stride = fields["group_scale_page_stride"].cast<int64_t>();
+  p.group_scale_row_stride = fields["group_scale_row_stride"].cast<int64_t>();
 
   auto& runtime = Runtime::instance();
   if (!runtime.error.empty()) throw std::runtime_error(runtime.error);
@@ -235,7 +238,7 @@ void run_mla_decode(py::dict fields, bool fp16, bool e4m3, int row_tile, int p_p
 
   etap::LaunchConfig config;
   config.dtype = fp16 ? etap::Dtype::kFp16 : etap::Dtype::kBf16;
-  config.cache = e4m3 ? etap::CacheFormat::kE4m3 : etap::CacheFormat::kQueryType;
+  config.cache = etap::CacheFormat(cache);
   config.row_tile = row_tile;
   config.p_parts = p_parts;
   config.num_ctas = num_ctas;
