@@ -147,7 +147,8 @@ def test_sources_of_a_module(dtypes: str, kernels: str | None) -> None:
     expected = {"flashinfer/adapter.cu", "flashinfer/launch.cu", "flashinfer/workspace.cu"}
     for family in ("bf16", "fp16", "bf16_e4m3", "fp16_e4m3"):
         if family == kernels:
-            expected |= {f"instances/mla_decode_{family}_rows{tile}.cu" for tile in (8, 16, 32)}
+            tiles = (8, 16, 32) if "e4m3" in family else (8, 16, 32, 64)
+            expected |= {f"instances/mla_decode_{family}_rows{tile}.cu" for tile in tiles}
         else:
             expected.add(f"flashinfer/without_{family}.cu")
     assert names == expected and all(file.is_file() for file in sources)
@@ -167,6 +168,7 @@ def test_every_launcher_is_in_the_module_once() -> None:
             text = file.read_text()
             absent = re.findall(r"ETAP_ABSENT\((\w+)\)", text)
             defined += [(family, tile) for family in absent for tile in ("8", "16", "32")]
+            defined += re.findall(r"ETAP_ABSENT_TILE\((\w+), (\d+)\)", text)
             for e4m3, family, tile in re.findall(r"ETAP_INSTANCE(_E4M3)?\((\w+), \w+, (\d+)\)", text):
                 defined.append((family + e4m3.lower(), tile))
         assert len(defined) == len(set(defined)) and set(defined) == named, name
@@ -199,7 +201,7 @@ def test_specification(monkeypatch) -> None:
     assert (plain.sources, plain.options) == (["a.cu"], {"extra_cuda_cflags": ["-x"]})
     name = jit.module_name(uri(), "fa3")
     spec = jit.jit_spec(Spec, name, ["a.cu"], extra_cuda_cflags=["-x"], post_load_adapter=None)
-    assert spec.sources[0] == "a.cu" and len(spec.sources) == 10
+    assert spec.sources[0] == "a.cu" and len(spec.sources) == 11
     assert spec.options["extra_cuda_cflags"] == ["-x", f"-DETAP_MODULE={name}"]
     assert spec.options["extra_include_paths"] == [locations.csrc_root()]
     heard: list[Path] = []
