@@ -1,7 +1,9 @@
 PYTHON ?= python
 SOURCES = etap_integration tests tools setup.py
 
-.PHONY: help build host test gpu-test lint format types numerics overview doctor bench report clean
+BUDGET ?= 600
+
+.PHONY: help build host test gpu-test gpu-all lint format types numerics overview doctor bench report clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/: *##/:/'
@@ -17,6 +19,9 @@ test:           ## everything that runs here; GPU tests are skipped without a Ho
 
 gpu-test:       ## the GPU tests alone
 	$(PYTHON) -m pytest tests/gpu -q
+
+gpu-all:        ## the GPU tests and all benchmark grids, the most important first, in BUDGET seconds
+	$(PYTHON) -m tools.bench gpu-all --budget-s $(BUDGET)
 
 lint:           ## ruff, and the types
 	$(PYTHON) -m ruff check $(SOURCES)

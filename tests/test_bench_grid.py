@@ -45,6 +45,15 @@ def test_full_grid_covers_the_wide_comparison():
         assert max(lengths) == 128 * K
 
 
+def test_full_grid_begins_with_what_matters_most():
+    problems = [cell.problem for cell in grid.named("full").cells]
+    plain = [(p.heads, p.q_len) == (16, 1) for p in problems]
+    assert plain == sorted(plain, reverse=True), "plain decoding first"
+    assert {p.batch for p in problems[:9]} == {16}
+    rows = [p.rows for p in problems[sum(plain) :]]
+    assert rows == sorted(rows), "the widest, which are upstream's, last"
+
+
 def test_h20_grid_is_emulated():
     h20 = grid.named("h20")
     assert h20.emulated == "h20"

@@ -114,6 +114,32 @@ def test_objects_are_rebuilt_when_a_header_changes(tmp_path: Path) -> None:
     assert runs == [1, 1, 2, 2, 3, 3]
 
 
+def test_headers_of_cudas_libraries_are_found(tmp_path: Path) -> None:
+    """torch's headers include them: the toolkit's, a given folder's, or those of torch's own CUDA packages."""
+    toolkit, packaged = tmp_path / "cuda/include", tmp_path / "site/nvidia/cu13/include"
+    for folder in (toolkit, packaged, tmp_path / "site/torch"):
+        folder.mkdir(parents=True)
+    nvcc = etap_build.Nvcc("nvcc", "13.0", (toolkit,))
+    torch = etap_build.Torch(tmp_path / "site/torch", "2", "13.0")
+    plan = etap_build.Plan(nvcc, torch, etap_build.Cutlass(tmp_path, "4"), tmp_path)
+    assert packaged not in plan.system_includes(), "it has none"
+    (packaged / "cusparse.h").touch()
+    assert plan.system_includes()[-2:] == [toolkit, packaged], "the toolkit's own headers come first"
+    assert str(packaged) in plan.command(tmp_path / "csrc/ops/a.cpp")
+    assert str(packaged) not in " ".join(plan.command(tmp_path / "csrc/instances/a.cu")), "nvcc has its own"
+    (toolkit / "cusparse.h").touch()
+    assert packaged not in plan.system_includes()
+
+
+def test_host_code_is_compiled_first(tmp_path: Path) -> None:
+    for name in ("csrc/instances/a.cu", "csrc/ops/b.cpp"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    nothing = etap_build.Nvcc("nvcc", "13.0", ()), etap_build.Torch(tmp_path, "2", "13.0")
+    plan = etap_build.Plan(*nothing, etap_build.Cutlass(tmp_path, "4"), tmp_path)
+    assert [source.name for source in plan.sources()] == ["b.cpp", "a.cu"]
+
+
 def test_device_files_stay_short() -> None:
     files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cuh", ".cu", ".h", ".cpp")]
     long = {p.relative_to(ROOT).as_posix(): n for p in files if (n := len(p.read_text().splitlines())) > 400}

@@ -748,7 +748,7 @@ def test_patched_source_compiles(fa3_tree: Path, source: str) -> None:
     if not (python / "Python.h").exists():
         pytest.skip("not run: no Python.h")
     ours = [".", "../csrc/cutlass/include", CSRC]
-    theirs = [*plan.torch.includes(), *plan.nvcc.includes, *plan.extra_includes, python]
+    theirs = [*plan.system_includes(), python]
     command = [*shlex.split(plan.cxx), "-std=c++17", "-fsyntax-only", "-w", "-DPy_LIMITED_API=0x03090000"]
     command += ["-DTORCH_STABLE_ONLY"] if "stable" in source else []
     command += [f"-I{folder}" for folder in ours] + [part for folder in theirs for part in ("-isystem", str(folder))]

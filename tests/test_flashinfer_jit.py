@@ -59,6 +59,7 @@ found["after"] = shown(make("fa3", torch.bfloat16))
 specification = activation.module_specification("bfloat16")
 specification.write_ninja()
 found["ninja"] = str(specification.ninja_path)
+found["ahead"] = [activation.module_specification("bfloat16", cache).name for cache in activation.CACHES]
 print(json.dumps(found))
 """
 
@@ -108,6 +109,7 @@ def test_generated_module(tmp_path, environment) -> None:
     ours = {Path(path).name for path in patched["sources"]} - {Path(path).name for path in upstream}
     assert {"adapter.cu", "mla_decode_bf16_rows16.cu", "without_fp16.cu"} <= ours
     kernels = [Path(path).name for path in found["fp8"]["sources"] if "instances" in path]
+    assert found["ahead"] == [patched["name"], found["fp8"]["name"]], "what is compiled ahead is what a plan loads"
     assert "_etap_" in found["fp8"]["name"] and len(kernels) == 3 and all("bf16_e4m3" in name for name in kernels)
 
 

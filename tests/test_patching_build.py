@@ -134,6 +134,25 @@ def test_preflight_lists_everything_that_is_missing(tmp_path):
         assert part in str(caught.value)
 
 
+def test_toolkit_behind_a_script(tmp_path):
+    """nvcc on PATH is a script that calls the toolkit's, whose headers torch would look for above the script."""
+    toolkit, programs = tmp_path / "cuda-13.0", tmp_path / "local/bin"
+    for folder in (toolkit / "bin", toolkit / "include", programs):
+        folder.mkdir(parents=True)
+    script = programs / "nvcc"
+    script.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    script.chmod(0o755)
+    base = {"PATH": str(programs)}
+    assert building.toolkit_setting(base) == {}, "no CUDA header there either"
+    (toolkit / "include/cuda_runtime_api.h").touch()
+    assert building.toolkit_setting(base) == {"CUDA_HOME": str(toolkit)}
+    assert building.toolkit_setting({**base, "CUDA_HOME": "/mine"}) == {}
+    assert building.toolkit_setting({"PATH": ""}) == {}
+    (tmp_path / "local/include").mkdir()
+    (tmp_path / "local/include/cuda_runtime_api.h").touch()
+    assert building.toolkit_setting(base) == {}, "torch's guess is right"
+
+
 def test_preflight_with_an_interpreter_that_does_not_run(tmp_path):
     with pytest.raises(BuildError, match="python=/bin/false: does not run"):
         building.preflight(tmp_path, "/bin/false", tmp_path, dict(os.environ))

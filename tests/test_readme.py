@@ -87,6 +87,7 @@ EXPECTED: dict[str, Expected] = {
     "etap report --check": E(says="up to date"),
     "python tools/bench/dispatch_overhead.py": E(says="FA3, no MLA call"),
     "python -m tools.bench run --grid bars": E(2, "GPU", gpu=True),
+    "python -m tools.bench gpu-all --budget-s 600": E(2, "Hopper GPU", gpu=True),
     "python -m tools.bench report": E(says=f"## {RECORDED[-1]}") if RECORDED else E(1, "no rows to report"),
     "python -m pytest -q tests/test_costmodel.py": E(says="passed"),
     "make host": E(says="_host"),

@@ -11,7 +11,8 @@ Environment:
   ETAP_JOBS             compiler processes at once (default: the number of CPUs)
   ETAP_CUTLASS_DIR      CUTLASS's include folder (default: the nvidia-cutlass package, then an installed flashinfer)
   ETAP_TORCH_DIR        a torch package folder, holding include/ and lib/ (default: the torch of this environment)
-  ETAP_EXTRA_INCLUDES   more include folders, separated by ':' (CUDA's math headers, where the toolkit lacks them)
+  ETAP_EXTRA_INCLUDES   more include folders, separated by ':' (CUDA's math headers, where neither the toolkit nor the
+                        packages that torch was installed with have them)
   ETAP_NVCC_FLAGS       more nvcc flags
   ETAP_COMPILE_ONLY=1   with a CPU-only torch, compile the kernels alone: a library to inspect, not to load
   ETAP_BUILD_DIR        where objects are kept (default: build/etap)
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +95,11 @@ class Torch:
     def includes(self) -> list[Path]:
         return [self.path / "include", self.path / "include/torch/csrc/api/include"]
 
+    def packaged_cuda_includes(self) -> list[Path]:
+        """Include folders of the CUDA packages that torch was installed with, which hold what its headers include."""
+        found = sorted(self.path.parent.glob("nvidia/*/include"))
+        return found if _have_math_headers(found) else []
+
     def link_flags(self) -> list[str]:
         folder = self.path / "lib"
         names = [n for n in ("torch", "torch_cpu", "c10", "torch_cuda", "c10_cuda") if (folder / f"lib{n}.so").exists()]
@@ -141,6 +148,10 @@ class Cutlass:
         text = header.read_text()
         numbers = [re.search(rf"#define CUTLASS_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
         return cls(path.resolve(), ".".join(n.group(1) if n else "?" for n in numbers))
+
+
+def _have_math_headers(folders: Iterable[Path]) -> bool:
+    return any((folder / "cusparse.h").exists() for folder in folders)
 
 
 def _output(command: list[str]) -> str:
@@ -266,21 +277,29 @@ class Plan:
         )  # fmt: skip
 
     def sources(self) -> list[Path]:
-        """Kernel instances, and host code where it can be compiled, in a fixed order."""
-        found = sorted(self.root.glob("csrc/instances/*.cu"))
-        if not self.compile_only:
-            found += sorted(self.root.glob("csrc/ops/*.cpp"))
+        """Host code where it can be compiled, and kernel instances, in a fixed order.
+
+        Host code first: a header that is missing then shows before minutes of kernels.
+        """
+        found = [] if self.compile_only else sorted(self.root.glob("csrc/ops/*.cpp"))
+        found += sorted(self.root.glob("csrc/instances/*.cu"))
         if not found:
             raise Unbuildable(f"no sources under {self.root / 'csrc'}")
         return found
+
+    def system_includes(self) -> list[Path]:
+        """What host code needs of others: headers of torch, of CUDA, and those of CUDA's math libraries, which torch's
+        include and a bare toolkit lacks."""
+        found = [*self.torch.includes(), *self.nvcc.includes, *self.extra_includes]
+        return found if _have_math_headers(found) else found + self.torch.packaged_cuda_includes()
 
     def command(self, source: Path) -> list[str]:
         """The compiler's command line for one source, without -o and -MF."""
         includes = [self.root / "csrc", self.cutlass.path]
         if source.suffix == ".cpp":
             # torch's headers are system headers to us: their warnings are not ours to fix
-            system = [*self.torch.includes(), *self.nvcc.includes, *self.extra_includes]
-            includes_flags = [*(f"-I{p}" for p in includes), *(flag for p in system for flag in ("-isystem", str(p)))]
+            system = [flag for p in self.system_includes() for flag in ("-isystem", str(p))]
+            includes_flags = [*(f"-I{p}" for p in includes), *system]
             return [*shlex.split(self.cxx), *CXX_FLAGS, "-Wall", *includes_flags, "-c", str(source)]
         base = [self.nvcc.path, *NVCC_FLAGS, *ARCH_FLAGS, *self.extra_nvcc_flags]
         return [*base, *(f"-I{p}" for p in [*includes, *self.extra_includes]), "-c", str(source)]

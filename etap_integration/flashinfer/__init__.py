@@ -2,7 +2,7 @@
 
     activate(), deactivate()                 patched modules in this process, from an overlay; the package is untouched
     patch_in_place(), revert_in_place()      the installed package itself
-    compile_module("bfloat16")               ahead of the first plan; needs no GPU
+    compile_module("bfloat16", "e4m3")       ahead of the first plan; needs no GPU
     set_mode("never"), status()              the switch and the counts of the patched modules
 
 `etap_integration.enable()` needs none of it: it routes the calls of an unpatched FlashInfer to the standalone operator.

@@ -48,10 +48,11 @@ def overlay_command(as_json: JsonOption = False) -> None:
 @reported
 def compile_command(
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float16. Repeatable; default bfloat16.")] = None,
+    cache: Annotated[str, typer.Option(help="The cache's dtype: same, as the queries', or e4m3.")] = "same",
     as_json: JsonOption = False,
 ) -> None:
     """Compile patched modules now (minutes), or the first plan of each dtype will. Needs nvcc, and no GPU."""
-    built = {name: activation.compile_module(name) for name in dtype or ["bfloat16"]}
+    built = {name: activation.compile_module(name, cache) for name in dtype or ["bfloat16"]}
     _lines(as_json, built, [str(path) for path in built.values()])
 
 

@@ -21,6 +21,7 @@ from etap_integration.patching.series import Outcome
 GENERATORS = "flashinfer.jit.attention.modules"
 GENERATOR = "gen_batch_mla_module"
 DTYPES = ("bfloat16", "float16")
+CACHES = ("same", "e4m3")
 _LOADER = "get_batch_mla_module"  # the wrappers' memory of loaded modules
 _PATCHED = "flashinfer.jit.attention._etap_patched_modules"
 
@@ -101,35 +102,39 @@ def patched_generator(overlay: Path, original: Callable[..., Any]) -> Callable[.
     return generate
 
 
-def module_specification(dtype: str) -> Any:
-    """FlashInfer's specification of the patched module for queries, cache and output of one dtype.
+def module_specification(dtype: str, cache: str = "same") -> Any:
+    """FlashInfer's specification of the patched module for queries and output of one dtype, and a cache.
 
     Args:
         dtype: "bfloat16" or "float16".
+        cache: "same", of that dtype too, or "e4m3".
 
     Raises:
-        UnknownNameError: another dtype.
+        UnknownNameError: another dtype or cache.
         UnsupportedFlashInferError, TreeWriteError: as for `activate`.
     """
     import torch
 
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
+    if cache not in CACHES:
+        raise UnknownNameError("cache", cache, CACHES)
     root = installed_root()
     generator = getattr(import_module(GENERATORS), GENERATOR)
     if not is_patched_in_place(root):
         generator = patched_generator(make_overlay(supported_release(root), root), generator)
     kind = getattr(torch, dtype)
-    return generator("fa3", kind, kind, kind, torch.int32, *HEAD_DIMS, False)
+    cached = kind if cache == "same" else torch.float8_e4m3fn
+    return generator("fa3", kind, cached, kind, torch.int32, *HEAD_DIMS, False)
 
 
-def compile_module(dtype: str = "bfloat16") -> Path:
-    """Compiles the patched module of a dtype as its first plan would, into FlashInfer's cache; returns the library.
+def compile_module(dtype: str = "bfloat16", cache: str = "same") -> Path:
+    """Compiles a patched module as the first plan that needs it would, into FlashInfer's cache; returns the library.
 
     Needs nvcc for sm_90a, and no GPU where FLASHINFER_CUDA_ARCH_LIST=9.0a says what to compile for. Arguments and
     errors as for `module_specification`; a compiler's failure is FlashInfer's own exception.
     """
-    specification = module_specification(dtype)
+    specification = module_specification(dtype, cache)
     specification.build(verbose=False)
     return library_path(specification)
 

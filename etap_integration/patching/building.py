@@ -75,6 +75,28 @@ def build_environment(kernels: str, csrc: Path, jobs: int | None, base: Mapping[
     return environment
 
 
+_RUNTIME = "include/cuda_runtime_api.h"
+
+
+def toolkit_setting(environment: Mapping[str, str]) -> dict[str, str]:
+    """`CUDA_HOME` for the build, where it is not set and torch would guess wrong.
+
+    torch takes the folder above that of the nvcc on PATH. Where that nvcc is a script or a link elsewhere, the toolkit
+    is what nvcc itself names; there, host code would find no CUDA header, after minutes of kernels.
+    """
+    nvcc = shutil.which("nvcc", path=environment.get("PATH"))
+    if environment.get("CUDA_HOME") or environment.get("CUDA_PATH") or not nvcc:
+        return {}
+    if (Path(nvcc).parents[1] / _RUNTIME).is_file():
+        return {}
+    command = [nvcc, "--dryrun", "-c", "x.cu"]
+    run = subprocess.run(command, capture_output=True, text=True, env=dict(environment), check=False)
+    named = re.search(r"^#\$ TOP=(.*)$", run.stderr, re.M)
+    if named is None or not (Path(named[1]) / _RUNTIME).is_file():
+        return {}
+    return {"CUDA_HOME": str(Path(named[1]).resolve())}
+
+
 def preflight(tree: Path, python: str, csrc: Path, environment: Mapping[str, str]) -> None:
     """Look for what the build needs before starting it.
 
@@ -189,6 +211,7 @@ def build(
     series.verify(release, tree)
     csrc = (csrc or locations.csrc_root()).resolve()
     environment = build_environment(kernels, csrc, jobs, os.environ)
+    environment |= toolkit_setting(environment)
     preflight(tree, python, csrc, environment)
     output = (output or locations.cache_root() / "build" / f"{release.upstream}-{release.id}-{kernels}").absolute()
     work, dist, log = output / "work", output / "dist", output / "build.log"

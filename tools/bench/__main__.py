@@ -11,8 +11,10 @@ from typing import Annotated
 import torch
 import typer
 
+from etap_integration._library import library_path
+
+from . import gpu_all, records, report, rivals, runner
 from . import grid as grids
-from . import records, report, rivals, runner
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -66,6 +68,9 @@ def run(
     num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs, or 78 emulated.")] = 0,
     p_parts: Annotated[int, typer.Option(help="16-bit parts our kernel splits P into; 0: 2, or 1 emulated.")] = 0,
     span_ms: Annotated[float, typer.Option(help="Device time spent on each call of each cell, in ms.")] = 40.0,
+    budget_s: Annotated[
+        float | None, typer.Option(min=0.0, help="Begin no cell that may end later than this many seconds from now.")
+    ] = None,
     sources: Annotated[
         str | None, typer.Option(help="Hash of the kernel sources, where these are not the ones measured.")
     ] = None,
@@ -81,6 +86,7 @@ def run(
         raise typer.BadParameter(f"{', '.join(unknown)}: known are {known}", param_hint="--impl")
     if verify not in ("auto", "all", "none"):
         raise typer.BadParameter(f"{verify!r} is none of auto, all, none", param_hint="--verify")
+    allowance = runner.Allowance(budget_s)
     try:
         chosen = grids.named(grid).matching(match or ())
         sources = sources or records.sources_hash()
@@ -108,12 +114,39 @@ def run(
     )
     stamp = runner.stamp(sources, commit or records.head_commit(), records.portable_command(sys.argv[1:]), label)
     try:
-        failures = runner.run(chosen, settings, stamp, output or records.RESULTS / f"{grid}.jsonl", typer.echo)
+        target = output or records.RESULTS / f"{grid}.jsonl"
+        failures = runner.run(chosen, settings, stamp, target, typer.echo, allowance)
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error)) from error
     for failure in failures:
         typer.echo(f"FAILED {failure}", err=True)
     raise typer.Exit(1 if failures else 0)
+
+
+@app.command("gpu-all")
+def run_gpu_all(
+    budget_s: Annotated[float, typer.Option(min=0.0, help="Time for all of it, in seconds.")] = 600.0,
+    library: Annotated[Path | None, typer.Option(help="Our kernel (default: $ETAP_LIBRARY, or the package's).")] = None,
+    rivals_dir: Annotated[
+        Path | None, typer.Option("--rivals", help="Folder with the rivals and, in etap-h20, our throttled kernel.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the log and the rows.")] = Path("build/gpu-all"),
+    commit: Annotated[str | None, typer.Option(help="Commit measured, where git is not at hand.")] = None,
+) -> None:
+    """Run the GPU suites, then the grids bars, full, h20 and e4m3, the most important first, within a time.
+
+    FlashAttention-3 and FlashInfer are tested where they are installed. `collect` adds the rows to the recorded ones.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise typer.BadParameter("needs a Hopper GPU")
+    library = (library or library_path()).absolute()
+    if not library.is_file():
+        raise typer.BadParameter(f"{library} does not exist", param_hint="--library")
+    folder, output = (rivals_dir or rivals.library_dir()).absolute(), output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    steps = gpu_all.steps(library, folder, output, ["--commit", commit] if commit else [])
+    wanting = gpu_all.run(steps, budget_s, output / "gpu-all.log", gpu_all.start(library), typer.echo)
+    raise typer.Exit(1 if wanting else 0)
 
 
 @app.command("report")

@@ -2,7 +2,7 @@
 
 A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide
 comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own), `e4m3` an e4m3
-cache beside a bf16 one.
+cache beside a bf16 one. Cells come in the order of what they matter: a run whose time is used up leaves out the last.
 """
 
 from __future__ import annotations
@@ -70,15 +70,14 @@ def _bars() -> Grid:
 
 def _full() -> Grid:
     """All batches, heads and query lengths; every length for 16 heads and one query token, every other length else."""
+    shapes = [(heads, q_len) for heads in (8, 16, 32) for q_len in (1, 2, 4) if heads * q_len <= MAX_ROWS]
+    shapes.sort(key=lambda shape: (shape != (16, 1), shape[0] * shape[1]))  # plain decoding, then by rows
+    every = list(_powers(512, 128 * K))
     cells = []
-    for batch in (1, 4, 16, 64, 128):
-        for heads in (8, 16, 32):
-            for q_len in (1, 2, 4):
-                if heads * q_len > MAX_ROWS:
-                    continue
-                every = list(_powers(512, 128 * K))
-                lengths = every if (heads, q_len) == (16, 1) else every[::2]
-                cells += [Cell(Problem(batch, kv_len, heads, q_len)) for kv_len in lengths]
+    for heads, q_len in shapes:
+        lengths = every if (heads, q_len) == (16, 1) else every[::2]
+        for batch in (16, 1, 64, 128, 4):
+            cells += [Cell(Problem(batch, kv_len, heads, q_len)) for kv_len in lengths]
     return Grid("full", tuple(cells))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -38,6 +39,29 @@ LATE = 0.25
 """Share of late samples (see `etap_integration.timing`) above which a run says so."""
 
 _RESERVED_BYTES = 8 << 30  # device memory kept for workspaces, the reference and everything else
+
+
+class Allowance:
+    """The time that a run may take: a cell is begun only where it should end in time.
+
+    Args:
+        seconds: from now on; None: as long as it takes.
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._slowest = clock, 0.0
+        self._begun = clock()
+        self._end = None if seconds is None else self._begun + seconds
+
+    def begins(self) -> bool:
+        """Whether another cell may begin. Any may turn out as slow as the slowest so far, so that much must be left."""
+        self._begun = self._clock()
+        return self._end is None or self._begun + self._slowest < self._end
+
+    def ended(self) -> None:
+        """Notes how long the cell took that `begins` let begin."""
+        self._slowest = max(self._slowest, self._clock() - self._begun)
 
 
 class Check(Enum):
@@ -206,8 +230,18 @@ def _line(cell: Cell, rows: list[Row]) -> str:
     return f"{cell}: " + " | ".join(parts)
 
 
-def run(grid: Grid, settings: Settings, stamp: Stamp, output: Path, log: Callable[[str], None]) -> list[str]:
-    """Measures every cell that fits this GPU and appends its rows as they come.
+def run(
+    grid: Grid,
+    settings: Settings,
+    stamp: Stamp,
+    output: Path,
+    log: Callable[[str], None],
+    allowance: Allowance | None = None,
+) -> list[str]:
+    """Measures every cell that fits this GPU, in the grid's order, and appends its rows as they come.
+
+    Args:
+        allowance: ends the run between two cells where the time is used up; the rest is left out, and logged.
 
     Returns:
         What failed, one text for each cell; a failed cell adds no rows.
@@ -221,7 +255,11 @@ def run(grid: Grid, settings: Settings, stamp: Stamp, output: Path, log: Callabl
     providers = settings.providers(target)
     pools, timer, failures = _Pools(fitting.cells), Timer(Budget(span_ms=settings.span_ms)), []
     log(f"run {stamp.run}: {len(fitting.cells)} cells on {stamp.gpu}")
-    for cell in fitting.cells:
+    allowance = allowance or Allowance(None)
+    for number, cell in enumerate(fitting.cells):
+        if not allowance.begins():
+            log(f"the time is used up: {len(fitting.cells) - number} of {len(fitting.cells)} cells not run")
+            break
         try:
             cell_run = _CellRun(cell, pools.inputs(cell), providers)
             rows = cell_run.rows(timer, settings.check(cell, grid.emulated), grid.emulated, stamp, log)
@@ -229,7 +267,8 @@ def run(grid: Grid, settings: Settings, stamp: Stamp, output: Path, log: Callabl
             failures.append(f"{cell}: {error}")
             log(f"{cell}: FAILED: {error}")
             torch.cuda.synchronize()  # raises if the device itself is lost: no later cell could run
-            continue
-        records.append(output, rows)
-        log(_line(cell, rows))
+        else:
+            records.append(output, rows)
+            log(_line(cell, rows))
+        allowance.ended()
     return failures
