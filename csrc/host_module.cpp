@@ -59,7 +59,10 @@ template <int RowTile, int PParts, CacheFormat Format>
 pybind11::dict config() {
   using Cfg = etap::TileConfig<RowTile, PParts, Format>;
   pybind11::dict d;
-  d["cache"] = Cfg::kE4m3 ? "e4m3" : "16-bit";
+  d["cache"] = Cfg::kRope16  ? "e4m3 groups, 16-bit rope"
+               : Cfg::kGroups ? "e4m3 groups"
+               : Cfg::kE4m3   ? "e4m3"
+                              : "16-bit";
   d["row_tile"] = RowTile;
   d["p_parts"] = PParts;
   d["wgmma_n"] = std::vector<int>{Cfg::kScoreRows, Cfg::kPvRows};  // of S^T and of O^T
@@ -87,8 +90,10 @@ PYBIND11_MODULE(_host, m) {
     auto list = configs<CacheFormat::kQueryType>();
     list.push_back(config<64, 1, CacheFormat::kQueryType>());
     list.push_back(config<64, 2, CacheFormat::kQueryType>());
-    auto const e4m3 = configs<CacheFormat::kE4m3>();
-    list.insert(list.end(), e4m3.begin(), e4m3.end());
+    for (auto const& more : {configs<CacheFormat::kE4m3>(), configs<CacheFormat::kE4m3Groups>(),
+                             configs<CacheFormat::kE4m3GroupsRope16>()}) {
+      list.insert(list.end(), more.begin(), more.end());
+    }
     return list;
   }, "One dict per tile configuration; sizes in bytes, ring_chunks of 8 KiB.");
   m.def("build_info", [] {

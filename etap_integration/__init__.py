@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from etap_integration._library import build_info
     from etap_integration.dispatch import disable, enable, patched, status, supports
-    from etap_integration.ops import mla_decode
+    from etap_integration.ops import mla_decode, split_token_cache
     from etap_integration.shadowing import shadow
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_info", "disable", "enable", "mla_decode", "patched", "shadow", "status", "supports"]
+__all__ = [
+    "__version__", "build_info", "disable", "enable", "mla_decode", "patched", "shadow", "split_token_cache", "status",
+    "supports",
+]  # fmt: skip
 
-_HOME = {"mla_decode": "etap_integration.ops", "build_info": "etap_integration._library"}
+_HOME = {
+    "mla_decode": "etap_integration.ops",
+    "split_token_cache": "etap_integration.ops",
+    "build_info": "etap_integration._library",
+}
 _HOME["shadow"] = "etap_integration.shadowing"
 _HOME |= dict.fromkeys(("enable", "disable", "patched", "status", "supports"), "etap_integration.dispatch")
 

@@ -23,7 +23,8 @@ SCHEMA = (
     "mla_decode(Tensor q_nope, Tensor q_rope, Tensor ckv_cache, Tensor kpe_cache, Tensor? page_table, "
     "Tensor cache_seqlens, Tensor? cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, "
     "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts, Tensor? ckv_scale=None, "
-    "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1., Tensor? cache_batch_idx=None) -> ()"
+    "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1., Tensor? cache_batch_idx=None, "
+    "Tensor? ckv_scale_arr=None) -> ()"
 )
 
 
@@ -81,7 +82,7 @@ _fragment: torch.library.Library | None = None
 def _fake_mla_decode(
     q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale, causal,
     out, lse, num_ctas, p_parts, ckv_scale=None, kpe_scale=None, ckv_scale_value=1.0, kpe_scale_value=1.0,
-    cache_batch_idx=None,
+    cache_batch_idx=None, ckv_scale_arr=None,
 ) -> None:  # fmt: skip
     """Shape inference: the operator only writes into `out` and `lse`, whose shapes its caller chose."""
     torch._check(out.shape == q_nope.shape, lambda: f"out: shape {tuple(out.shape)}, expected {tuple(q_nope.shape)}")

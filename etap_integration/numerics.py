@@ -26,6 +26,7 @@ from torch import Tensor
 
 D_LATENT, D_ROPE = 512, 64
 DEFAULT_SCALE = (D_LATENT + D_ROPE) ** -0.5
+SCALE_GROUP = 128  # latent columns of an e4m3 cache that may share a scale
 TILE = 64  # keys per tile, the M of one wgmma
 RAISE_BY = 8.0  # log2 units a score may exceed the reference maximum by before that is raised
 LOG2E = math.log2(math.e)
@@ -171,14 +172,45 @@ def etap_e4m3_model(
     raise_by: float = RAISE_BY,
     ckv_scale: float = 1.0,
     kpe_scale: float = 1.0,
+    ckv_scale_arr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`etap_model` for a float8_e4m3fn cache, whose elements fp16 holds exactly.
 
     Each row of Q is brought to fp16 times a power of two, so that its largest magnitude is in [2^13, 2^15), its rope
     part times kpe_scale / ckv_scale and in two fp16 parts. P^T is rounded to fp16, in `p_parts` parts. A score's factor
     is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale.
+
+    With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the
+    rope part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the
+    scale; and P^T is rounded to fp16 once for each group, as P x scale over a power of two: see `_stream_scaled_tiles`.
     """
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
+    rope_e4m3 = kpe_cache.dtype == torch.float8_e4m3fn
+
+    def attend_groups(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+        k, scales = k[:, : D_LATENT + D_ROPE], k[:, D_LATENT + D_ROPE :]
+        log2_scale, q_rope = torch.tensor(scale * LOG2E, device=q.device), q[:, D_LATENT:].float()
+        q16, down = _part_in_fp16(q[:, :D_LATENT].float())
+        factors = (log2_scale * torch.tensor(ckv_scale, device=q.device) * down).clamp(-3e38, 3e38)
+        rope_factors = log2_scale.expand(q.shape[0])
+        if rope_e4m3:
+            q_rope, down = _part_in_fp16(q_rope)
+            rope_factors = (log2_scale * torch.tensor(kpe_scale, device=q.device) * down).clamp(-3e38, 3e38)
+        q16 = torch.cat([q16, q_rope], 1)
+        m, l, ot = _stream_scaled_tiles(  # noqa: E741
+            q16, k, scales, limits, factors, rope_factors, num_parts, raise_by, p_parts
+        )
+        for group in (2, num_parts):
+            m, l, ot = _merge(m, l, ot, group)  # noqa: E741
+        o, lse = _finish(ot[0].T, l[0], m[0])
+        return o * ckv_scale, lse
+
+    if ckv_scale_arr is not None or not rope_e4m3:
+        if ckv_scale_arr is None:
+            ckv_scale_arr = torch.ones(*ckv_cache.shape[:2], D_LATENT // SCALE_GROUP, device=ckv_cache.device)
+        kpe_cache = torch.cat([kpe_cache.float(), ckv_scale_arr], -1)
+        problem = (q_nope, q_rope, ckv_cache.float(), kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
+        return _per_request(*problem, attend_groups, out_dtype or q_nope.dtype)
     ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,6 +322,64 @@ def _stream_tiles(
             rounded = rounded + (pt - rounded).to(p_dtype).float()  # exact: both parts fit in one float32
         ot = ot * alpha[:, None] + kt[:, :, :D_LATENT].mT @ rounded
     return m, l, ot
+
+
+def _stream_scaled_tiles(
+    q: Tensor, k: Tensor, scales: Tensor, limits: Tensor, factors: Tensor, rope_factors: Tensor, num_parts: int,
+    raise_by: float, p_parts: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_stream_tiles` where 128 latent columns of each key have a scale, (keys, 4), as fp32.
+
+    A score is the rope product times the row's `rope_factors`, plus each group's product times scale x `factors`. P of
+    a group is fp16(P x scale x 2^(133 - power)), where the power is the largest biased exponent of the chain's scales
+    in the group so far, at least 7; O^T is rescaled as it grows, and multiplied by 2^(power - 133) at the end.
+    """
+    order = _share_tiles(-(-k.shape[0] // TILE), num_parts, 2, k.device)
+    tiles, tile_scales = _tiles(k), _tiles(scales)
+    groups, chains = range(D_LATENT // SCALE_GROUP), order.shape[0]
+    columns = [slice(g * SCALE_GROUP, (g + 1) * SCALE_GROUP) for g in groups]
+    qt = q.float().T
+    m = torch.full((chains, q.shape[0]), -math.inf, device=q.device)
+    l, ot = torch.zeros_like(m), m.new_zeros(chains, D_LATENT, m.shape[1])  # noqa: E741
+    power = torch.full((chains, len(groups)), 7, dtype=torch.int32, device=q.device)
+    for step in range(order.shape[1]):
+        tile = order[:, step]
+        kt, st = tiles[tile.clamp(min=0)], tile_scales[tile.clamp(min=0)]
+        st = torch.where((tile < 0)[:, None, None], 0.0, st)
+        zt = kt[:, :, D_LATENT:] @ qt[D_LATENT:] * rope_factors
+        for g in groups:
+            zt = zt + kt[:, :, columns[g]] @ qt[columns[g]] * (st[:, :, g, None] * factors)
+        zt = _masked_tile(zt, tile, limits)
+        top = zt.amax(1)
+        raised = torch.where(top > m + raise_by, top, m)
+        alpha = torch.where(raised > m, torch.exp2(m - _finite(raised)), 1.0)
+        m = raised
+        pt = torch.exp2(zt - _finite(m)[:, None])
+        l = l * alpha + pt.sum(1)  # noqa: E741
+        before = power
+        power = torch.maximum(power, st.abs().view(torch.int32).amax(1) >> 23)
+        rescale, divide = _power_of_two(127 - (power - before)), _power_of_two(260 - power)
+        for g in groups:
+            scaled = pt * (st[:, :, g] * divide[:, g, None])[:, :, None]
+            rounded = scaled.half().float()
+            if p_parts == 2:
+                rounded = rounded + (scaled - rounded).half().float()
+            ot[:, columns[g]] *= alpha[:, None] * rescale[:, g, None, None]
+            ot[:, columns[g]] += kt[:, :, columns[g]].mT @ rounded
+    for g in groups:
+        ot[:, columns[g]] *= _power_of_two(power - 6)[:, g, None, None]
+    return m, l, ot
+
+
+def _power_of_two(biased: Tensor) -> Tensor:
+    """2^(biased - 127) as float32, 0 from -127 down."""
+    return (biased.clamp(min=0).int() << 23).view(torch.float32)
+
+
+def _part_in_fp16(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a part of Q with a power of two of their own: (q 2^e in fp16 precision, as float32; 2^-e per row)."""
+    e = (q.abs().amax(1).contiguous().view(torch.int32) >> 23).clamp(15, 267)
+    return (q * _power_of_two(268 - e)[:, None]).half().float(), _power_of_two(e - 14)
 
 
 def _query_in_fp16(q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:

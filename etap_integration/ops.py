@@ -19,6 +19,8 @@ from etap_integration import _library
 
 D_LATENT = 512  # width of q_nope, ckv_cache and the output
 D_ROPE = 64  # width of q_rope and kpe_cache
+SCALE_GROUP = 128  # columns of ckv_cache that share an entry of ckv_scale_arr
+TOKEN_BYTES = D_LATENT + 4 * (D_LATENT // SCALE_GROUP) + 2 * D_ROPE  # of a FlashMLA-style e4m3 cache
 MAX_HEADS = 128
 DEFAULT_SCALE = (D_LATENT + D_ROPE) ** -0.5
 INT32_MAX = 2**31 - 1
@@ -48,6 +50,7 @@ def mla_decode(
     ckv_scale: Tensor | float | None = None,
     kpe_scale: Tensor | float | None = None,
     cache_batch_idx: Tensor | None = None,
+    ckv_scale_arr: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a few query tokens per request over one shared latent KV head (MLA decode, weights absorbed).
 
@@ -61,8 +64,8 @@ def mla_decode(
       ckv_cache: (pages, page_size, 512), or (batch, seqlen, 512) where `page_table` is None; the dtype of q_nope, or
         float8_e4m3fn. Last dimension contiguous, other strides any, so two views of one 576-wide buffer are fine.
         Fastest where base and strides are multiples of 16 bytes.
-      kpe_cache: the same with 64 in place of 512, in the dtype of ckv_cache. In both, slots past a request's length may
-        hold anything, NaN included.
+      kpe_cache: the same with 64 in place of 512, in the dtype of ckv_cache; beside a float8_e4m3fn ckv_cache, also in
+        that of q_nope. In both, slots past a request's length may hold anything, NaN included.
       page_table: (batch, max_pages) int32, any row stride, last dimension contiguous; or None. Entries past a request's
         last used page are never read.
       cache_seqlens: keys of each request: int32 tensor (batch,) on the device of q_nope, which is not read on the host;
@@ -82,7 +85,11 @@ def mla_decode(
       ckv_scale: float8_e4m3fn cache only: what ckv_cache is multiplied by, as keys and as values, so that a cache entry
         means ckv_scale * ckv_cache. A positive float; or a float32 tensor on the device of q_nope, read there, with 1
         element or one per request, (batch,); None or an empty tensor: 1.
-      kpe_scale: the same for kpe_cache.
+      kpe_scale: the same for kpe_cache, where that is float8_e4m3fn.
+      ckv_scale_arr: in place of ckv_scale, a scale for each key and each 128 latent columns, (pages, page_size, 4)
+        float32, or (batch, seqlen, 4), on the device: what those columns of ckv_cache are multiplied by. Any strides
+        but the last; fastest where base and strides are multiples of 16 bytes. Finite, of any sign; entries of slots
+        past a request's length may hold anything. `split_token_cache` gives it as a view of a FlashMLA-style cache.
       cache_batch_idx: (batch,) int32 on the device, where `page_table` is None: the row of the caches that holds
         request i; the caches then may have any number of rows. Default: row i.
 
@@ -95,7 +102,7 @@ def mla_decode(
     """
     batch, max_q, lengths, p_parts = _check_arguments(
         q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
-        causal, out, return_lse, num_ctas, precise, ckv_scale, kpe_scale, cache_batch_idx,
+        causal, out, return_lse, num_ctas, precise, ckv_scale, kpe_scale, cache_batch_idx, ckv_scale_arr,
     )  # fmt: skip
     device = q_nope.device
     if not q_nope.is_meta:
@@ -117,7 +124,8 @@ def mla_decode(
         _OP(
             q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_q,
             DEFAULT_SCALE if softmax_scale is None else float(softmax_scale), causal, out, lse,
-            0 if num_ctas is None else num_ctas, p_parts, *_rare_arguments(ckv_scale, kpe_scale, cache_batch_idx),
+            0 if num_ctas is None else num_ctas, p_parts,
+            *_rare_arguments(ckv_scale, kpe_scale, cache_batch_idx, ckv_scale_arr),
         )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -157,6 +165,37 @@ def mla_decode_checked(
     return out if lse is None else (out, lse)
 
 
+def split_token_cache(cache: Tensor, rope_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """(ckv_cache, ckv_scale_arr, kpe_cache) for `mla_decode`: views of a FlashMLA-style cache of 656 bytes a token.
+
+    A token is 512 float8_e4m3fn latent values, 4 float32 scales of 128 of them each, and 64 rope values of
+    `rope_dtype`, the dtype of the queries.
+
+    Args:
+      cache: (pages, page_size, 656), or (pages, page_size, 1, 656), of a dtype of one byte; the last dimension
+        contiguous, other strides multiples of 4 bytes, base at a multiple of 4; 16 is fastest.
+
+    Raises:
+      TypeError, ValueError: the message names the argument, its value and what is allowed.
+    """
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"cache: expected a torch.Tensor, got {type(cache).__name__}")
+    if cache.element_size() != 1:
+        raise TypeError(f"cache: dtype {cache.dtype}, expected one of one byte, such as torch.uint8")
+    if rope_dtype not in _DTYPES:
+        raise TypeError(f"rope_dtype: {rope_dtype}, expected torch.bfloat16 or torch.float16")
+    if cache.dim() == 4 and cache.shape[2] == 1:
+        cache = cache.squeeze(2)
+    if cache.dim() != 3 or cache.shape[2] != TOKEN_BYTES:
+        raise ValueError(f"cache: shape {tuple(cache.shape)}, expected (pages, page_size, {TOKEN_BYTES})")
+    if cache.stride(2) != 1 or cache.stride(0) % 4 or cache.stride(1) % 4 or cache.storage_offset() % 4:
+        where = f"strides {cache.stride()} and offset {cache.storage_offset()}"
+        raise ValueError(f"cache: {where}, expected a contiguous last dimension and multiples of 4 otherwise")
+    rope = D_LATENT + 4 * (D_LATENT // SCALE_GROUP)
+    ckv, scales, kpe = cache[..., :D_LATENT], cache[..., D_LATENT:rope], cache[..., rope:]
+    return ckv.view(torch.float8_e4m3fn), scales.view(torch.float32), kpe.view(rope_dtype)
+
+
 def checks_contents() -> bool:
     """Whether ETAP_CHECK asks for the contents of tensors to be checked at each call."""
     return _CHECK
@@ -169,7 +208,7 @@ def checks_contents() -> bool:
 
 def _check_arguments(
     q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale, causal,
-    out, return_lse, num_ctas, precise, ckv_scale=None, kpe_scale=None, cache_batch_idx=None,
+    out, return_lse, num_ctas, precise, ckv_scale=None, kpe_scale=None, cache_batch_idx=None, ckv_scale_arr=None,
 ) -> tuple[int, int, list[int] | int | None, int]:  # fmt: skip
     """Everything that can be said of a call without a GPU. Arguments as `mla_decode`'s, all of them given.
 
@@ -188,8 +227,9 @@ def _check_arguments(
     e4m3 = ckv_cache.dtype == torch.float8_e4m3fn
     if ckv_cache.dtype != dtype and not e4m3:
         raise TypeError(f"ckv_cache: dtype {ckv_cache.dtype}, expected {dtype}, as q_nope, or torch.float8_e4m3fn")
-    if kpe_cache.dtype != ckv_cache.dtype:
-        raise TypeError(f"kpe_cache: dtype {kpe_cache.dtype}, expected {ckv_cache.dtype}, as ckv_cache")
+    if kpe_cache.dtype != ckv_cache.dtype and not (e4m3 and kpe_cache.dtype == dtype):
+        either = f" or {dtype}, as q_nope" if e4m3 else ""
+        raise TypeError(f"kpe_cache: dtype {kpe_cache.dtype}, expected {ckv_cache.dtype}, as ckv_cache{either}")
     for name, value in (("q_rope", q_rope), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
         if value.device != device:
             raise RuntimeError(f"{name}: on {value.device}, expected {device}, as q_nope")
@@ -266,9 +306,11 @@ def _check_arguments(
         _check_int(num_ctas, "num_ctas", 1, INT32_MAX)
     if out is not None:
         _check_out(out, q_shape, dtype, device)
-    for name, value in (("ckv_scale", ckv_scale), ("kpe_scale", kpe_scale)):
+    for name, value, cache in (("ckv_scale", ckv_scale, ckv_cache), ("kpe_scale", kpe_scale, kpe_cache)):
         if value is not None:
-            _check_scale(value, name, ckv_cache.dtype, batch, device)
+            _check_scale(value, name, cache.dtype, batch, device)
+    if ckv_scale_arr is not None:
+        _check_scale_arr(ckv_scale_arr, ckv_scale, ckv_cache)
     if torch.is_grad_enabled() and (
         q_nope.requires_grad or q_rope.requires_grad or ckv_cache.requires_grad or kpe_cache.requires_grad
     ):
@@ -367,17 +409,37 @@ def _check_scale(value, name: str, cache_dtype: torch.dtype, batch: int, device:
         raise ValueError(f"{name}: for a cache of torch.float8_e4m3fn alone, expected None for one of {cache_dtype}")
 
 
-def _rare_arguments(ckv_scale, kpe_scale, cache_batch_idx) -> tuple[Tensor | float | None, ...]:
+def _check_scale_arr(value, ckv_scale, ckv_cache: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"ckv_scale_arr: expected a torch.Tensor or None, got {type(value).__name__}")
+    if value.dtype != torch.float32:
+        raise TypeError(f"ckv_scale_arr: dtype {value.dtype}, expected torch.float32")
+    if value.device != ckv_cache.device:
+        raise RuntimeError(f"ckv_scale_arr: on {value.device}, expected {ckv_cache.device}, as q_nope")
+    shape = (*ckv_cache.shape[:2], D_LATENT // SCALE_GROUP)
+    if value.shape != shape:
+        raise ValueError(f"ckv_scale_arr: shape {tuple(value.shape)}, expected {shape}, for ckv_cache's")
+    if value.stride(2) != 1:
+        raise ValueError(f"ckv_scale_arr: strides {value.stride()}, expected a contiguous last dimension")
+    if ckv_scale is not None:
+        raise ValueError("ckv_scale_arr: given with a ckv_scale, expected one of the two")
+    if ckv_cache.dtype != torch.float8_e4m3fn:
+        raise ValueError(
+            f"ckv_scale_arr: for a cache of torch.float8_e4m3fn alone, expected None for one of {ckv_cache.dtype}"
+        )
+
+
+def _rare_arguments(ckv_scale, kpe_scale, cache_batch_idx, ckv_scale_arr=None) -> tuple[Tensor | float | None, ...]:
     """The operator's last arguments; nothing where all have their defaults, which saves host time.
 
     Scales: tensors or None, then values for where there is no tensor.
     """
-    if ckv_scale is None and kpe_scale is None and cache_batch_idx is None:
+    if ckv_scale is None and kpe_scale is None and cache_batch_idx is None and ckv_scale_arr is None:
         return ()
     scales = (ckv_scale, kpe_scale)
     tensors = [s if isinstance(s, Tensor) and s.numel() > 0 else None for s in scales]
     values = [1.0 if s is None or isinstance(s, Tensor) else float(s) for s in scales]
-    return (*tensors, *values, cache_batch_idx)
+    return (*tensors, *values, cache_batch_idx, ckv_scale_arr)
 
 
 def _check_contents(q_nope, ckv_cache, page_table, cache_seqlens, cu_seqlens_q, max_q: int, cache_batch_idx) -> None:

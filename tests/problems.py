@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etap_integration import numerics
+from etap_integration import numerics, ops
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 100, 128)
 HEADS = (1, 5, 8, 16, 17, 32, 64, 128)
@@ -37,6 +37,8 @@ class Problem:
     e4m3: bool = False  # the cache is float8_e4m3fn
     scales: tuple[float, float] = (1.0, 1.0)  # ckv_scale and kpe_scale, where e4m3
     scale_form: str = "float"  # or tensor: on the device
+    groups: int | None = None  # scales of each key and 128 latent columns, up to 2^groups apart from one another
+    rope16: bool = False  # kpe_cache in the queries' dtype beside an e4m3 ckv_cache
     q_scale: float = 1.0  # of q as drawn
     out_dtype: torch.dtype | None = None
     causal: bool = False
@@ -77,10 +79,13 @@ class Built:
         cu = None if p.q_lens is None else cumulative(p.q_lens)
         options = {"cu_seqlens_q": cu, "softmax_scale": p.softmax_scale, "causal": p.causal, **more}
         ckv, kpe = self.args[2:4]
+        arr = self.options.get("ckv_scale_arr")
         if p.e4m3 and model is not numerics.etap_e4m3_model:
             ckv, kpe = (c.double() * f for c, f in zip((ckv, kpe), p.scales, strict=True))
+            if arr is not None:
+                ckv = (ckv.unflatten(-1, (4, 128)) * arr.double()[..., None]).flatten(-2)
         elif p.e4m3:
-            options |= dict(zip(("ckv_scale", "kpe_scale"), p.scales, strict=True))
+            options |= dict(zip(("ckv_scale", "kpe_scale"), p.scales, strict=True)) | {"ckv_scale_arr": arr}
         return model(*self.args[:2], ckv, kpe, self.args[4], p.lengths, **options)
 
     def new_out(self) -> Tensor:
@@ -108,6 +113,24 @@ def draw_e4m3(seed: int) -> Problem:
         scale_form=r.choice(("float", "tensor")),
         q_scale=2.0**up,
         precise=r.choice((None, None, True, False)),
+    )
+
+
+def draw_groups(seed: int) -> Problem:
+    """A problem with an e4m3 cache and scales of groups, or a 16-bit rope part, or both, for a seed."""
+    r, p = random.Random(seed + 2000003), draw_e4m3(seed)
+    form = r.choice(("groups", "groups", "both", "both", "both", "rope16"))
+    ckv_scale, kpe_scale = p.scales
+    if form != "rope16":
+        ckv_scale = 1.0
+    if form != "groups":
+        kpe_scale = 1.0
+    if p.q_scale != 1.0:  # which scales make up for: not all of these problems have both
+        p, ckv_scale, kpe_scale = p.with_(q_scale=1.0), 1.0, 1.0
+    return p.with_(
+        groups=None if form == "rope16" else r.choice((0, 2, 6, 12)),
+        rope16=form != "groups",
+        scales=(ckv_scale, kpe_scale),
     )
 
 
@@ -159,14 +182,20 @@ def build(p: Problem, device: torch.device | str) -> Built:
     elif p.logits in ("rising", "falling"):  # the maximum keeps moving, or is the first key's
         ramp = torch.cat([torch.linspace(-40, 40, n, device=device) for n in p.lengths])
         q[..., -1], kv[:, -1] = 1 / scale, ramp if p.logits == "rising" else -ramp
-    q, kv = (q * p.q_scale).to(p.dtype), kv.to(torch.float8_e4m3fn if p.e4m3 else p.dtype)
+    q, rope = (q * p.q_scale).to(p.dtype), kv[:, 512:].to(p.dtype)
+    kv = kv.to(torch.float8_e4m3fn if p.e4m3 else p.dtype)
+    key_scales = None
+    if p.groups is not None:  # log-uniform, the largest 1
+        key_scales = torch.exp2(-p.groups * torch.rand(keys, 4, generator=generator, device=device))
     bound = scale * (_norm(q) * _norm(kv) * max(p.scales))
 
     table, pages, slots = _place(p, r, device)
-    ckv, kpe = _caches(p, pages, device)
+    ckv, kpe, arr = _caches(p, pages, device)
     if keys:
-        for cache, part in ((ckv, kv[:, :512]), (kpe, kv[:, 512:])):
+        for cache, part in ((ckv, kv[:, :512]), (kpe, rope if p.rope16 else kv[:, 512:])):
             _bits(cache)[slots] = _bits(part)
+        if arr is not None:
+            arr[slots] = key_scales
     q_nope, q_rope = _queries(p, q)
     lengths = torch.tensor(p.lengths, dtype=torch.int32, device=device)
     options: dict[str, Any] = {
@@ -174,7 +203,10 @@ def build(p: Problem, device: torch.device | str) -> Built:
     }  # fmt: skip
     if p.e4m3 and p.scales != (1.0, 1.0):
         scales = [torch.tensor([s], device=device) if p.scale_form == "tensor" else s for s in p.scales]
-        options |= {"ckv_scale": scales[0], "kpe_scale": scales[1]}
+        options |= {} if arr is not None else {"ckv_scale": scales[0]}
+        options |= {} if p.rope16 else {"kpe_scale": scales[1]}
+    if arr is not None:
+        options["ckv_scale_arr"] = arr
     if p.q_lens is not None:
         cu = torch.tensor(cumulative(p.q_lens), dtype=torch.int32, device=device)
         options |= {"cu_seqlens_q": cu, "max_seqlen_q": max(p.sq, *p.q_lens)}
@@ -212,27 +244,37 @@ def _place(p: Problem, r: random.Random, device) -> tuple[Tensor | None, int, tu
     return table.to(device)[:, :width], pages, slots  # a row stride wider than the table
 
 
-def _caches(p: Problem, pages: int, device) -> tuple[Tensor, Tensor]:
-    """Both caches, all poison."""
+def _caches(p: Problem, pages: int, device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both caches and the scales of groups, all poison."""
     rows = p.page_size or max(p.lengths, default=0) + 2
 
-    def poisoned(n: int) -> Tensor:
-        if p.e4m3:  # NaN with either sign
+    def poisoned(n: int, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float8_e4m3fn:  # NaN with either sign
             byte = {True: (0x7F, 0xFF)[p.seed % 2], False: 0}[math.isnan(p.poison)]
             return torch.full((n,), byte, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-        return torch.full((n,), p.poison, dtype=p.dtype, device=device)
+        return torch.full((n,), p.poison, dtype=dtype, device=device)
 
-    if p.cache_layout == "views":
-        buffer = poisoned(pages * rows * 576).view(pages, rows, 576)
-        return buffer[..., :512], buffer[..., 512:]
-    extra = {"separate": 0, "padded": 16 if p.e4m3 else 8, "odd": 1}[p.cache_layout]  # 1: rows are not 16-byte aligned
+    latent = torch.float8_e4m3fn if p.e4m3 else p.dtype
+    rope = p.dtype if p.rope16 else latent
+    if p.cache_layout == "views" and p.rope16 and p.groups is not None:  # 656 bytes a token
+        buffer = torch.empty(pages, rows, ops.TOKEN_BYTES, dtype=torch.uint8, device=device)
+        ckv, arr, kpe = ops.split_token_cache(buffer, p.dtype)
+        _bits(ckv).copy_(_bits(poisoned(1, latent)).expand(ckv.shape))
+        return ckv, kpe.fill_(p.poison), arr.fill_(p.poison)
+    if p.cache_layout == "views" and not p.rope16:
+        buffer = poisoned(pages * rows * 576, latent).view(pages, rows, 576)
+        arr = poisoned(pages * rows * 4, torch.float32).view(pages, rows, 4) if p.groups is not None else None
+        return buffer[..., :512], buffer[..., 512:], arr
+    wide = {"separate": 0, "views": 0, "padded": 16, "odd": 1}[p.cache_layout]  # 1: rows are not 16-byte aligned
 
-    def cache(width: int, after_page: int) -> Tensor:
+    def cache(width: int, after_page: int, dtype: torch.dtype) -> Tensor:
+        extra = wide // (dtype.itemsize if wide > 1 else 1)
         row = width + extra
         page = rows * row + after_page * extra
-        return poisoned(pages * page).as_strided((pages, rows, width), (page, row, 1))
+        return poisoned(pages * page, dtype).as_strided((pages, rows, width), (page, row, 1))
 
-    return cache(512, 3), cache(64, 5)
+    arr = cache(4, 7, torch.float32) if p.groups is not None else None
+    return cache(512, 3, latent), cache(64, 5, rope), arr
 
 
 def _queries(p: Problem, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +311,8 @@ def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: 
         bad = ~out.isfinite()
         assert not bad.any(), f"{int(bad.sum())} of {out.numel()} outputs not finite, first {_first(bad)}: {p}"
         part = 2.0**-9 if p.dtype == torch.bfloat16 and not p.e4m3 else 2.0**-12
+        if p.groups is not None:  # P x scale is rounded, to half an ulp, where P alone is 1 and exact
+            part = 2.0**-11
         # wgmma truncates where it adds: at most 2^-23 of a score in each of 36 steps, some quarter of that seen (by one
         # row in 4,032, at logits of 100); it goes through exp.
         own = (part if p_parts == 1 else 4 * part * part) + 2.0**-20 * (1 + built.logit_bound)

@@ -13,7 +13,7 @@ BF16, I32 = torch.bfloat16, torch.int32
 DEFAULTS = {
     "page_table": None, "cu_seqlens_q": None, "max_seqlen_q": None, "softmax_scale": None, "causal": False, "out": None,
     "return_lse": False, "num_ctas": None, "precise": None, "ckv_scale": None, "kpe_scale": None,
-    "cache_batch_idx": None,
+    "cache_batch_idx": None, "ckv_scale_arr": None,
 }  # fmt: skip
 
 
@@ -33,6 +33,11 @@ def paged(**changes: Any) -> dict[str, Any]:
 def e4m3(**changes: Any) -> dict[str, Any]:
     caches = {name: empty(40, 64, n, dtype=torch.float8_e4m3fn) for name, n in (("ckv_cache", 512), ("kpe_cache", 64))}
     return paged() | caches | changes
+
+
+def groups(**changes: Any) -> dict[str, Any]:
+    """As e4m3(), with scales of groups and a rope part of 16 bits."""
+    return e4m3(kpe_cache=empty(40, 64, 64), ckv_scale_arr=empty(40, 64, 4, dtype=torch.float32)) | changes
 
 
 def ragged(**changes: Any) -> dict[str, Any]:
@@ -64,6 +69,10 @@ GOOD = [
     e4m3(ckv_scale=empty(1, 1, dtype=torch.float32), kpe_scale=empty(1, dtype=torch.float32), precise=False),
     e4m3(ckv_scale=empty(0, dtype=torch.float32), kpe_scale=empty(3, dtype=torch.float32)),
     e4m3(q_nope=empty(3, 2, 16, 512, dtype=torch.float16), q_rope=empty(3, 2, 16, 64, dtype=torch.float16)),
+    groups(),
+    groups(kpe_cache=empty(40, 64, 64, dtype=torch.float8_e4m3fn), kpe_scale=0.5),
+    groups(ckv_scale_arr=empty(40, 64, 5, dtype=torch.float32)[..., :4], precise=False),
+    groups(ckv_scale_arr=None, ckv_scale=0.5),
     unpaged(cache_batch_idx=empty(3, dtype=I32)),
     unpaged(
         cache_batch_idx=empty(3, dtype=I32),
@@ -95,7 +104,12 @@ BAD = [
     (paged(q_rope=empty(3, 2, 16, 64, dtype=torch.float16)), TypeError, "q_rope: dtype torch.float16, expected"),
     (paged(ckv_cache=empty(40, 64, 512, dtype=torch.float16)), TypeError, "ckv_cache: dtype torch.float16"),
     (paged(kpe_cache=empty(40, 64, 64, dtype=torch.float8_e4m3fn)), TypeError, "kpe_cache: dtype torch.float8_e4m3fn"),
-    (e4m3(kpe_cache=empty(40, 64, 64)), TypeError, "kpe_cache: dtype torch.bfloat16, expected torch.float8_e4m3fn"),
+    (
+        e4m3(kpe_cache=empty(40, 64, 64, dtype=torch.float16)), TypeError,
+        "kpe_cache: dtype torch.float16, expected torch.float8_e4m3fn, as ckv_cache or torch.bfloat16, as q_nope",
+    ),
+    (groups(ckv_scale_arr=[1.0]), TypeError, "ckv_scale_arr: expected a torch.Tensor or None, got list"),
+    (groups(ckv_scale_arr=empty(40, 64, 4)), TypeError, "ckv_scale_arr: dtype torch.bfloat16, expected torch.float32"),
     (e4m3(ckv_cache=empty(40, 64, 512, dtype=torch.float8_e5m2)), TypeError, "ckv_cache: dtype torch.float8_e5m2, exp"),
     (e4m3(ckv_scale="1"), TypeError, "ckv_scale: expected a float, a torch.Tensor or None, got str"),
     (e4m3(kpe_scale=True), TypeError, "kpe_scale: expected a float, a torch.Tensor or None, got bool"),
@@ -155,6 +169,20 @@ BAD = [
     (e4m3(ckv_scale=empty(2, dtype=torch.float32)), ValueError, r"ckv_scale: shape \(2,\), expected 0 or 1 elements"),
     (paged(ckv_scale=1.0), ValueError, "ckv_scale: for a cache of torch.float8_e4m3fn alone"),
     (paged(kpe_scale=empty(1, dtype=torch.float32)), ValueError, "kpe_scale: for a cache of torch.float8_e4m3fn alone"),
+    (groups(ckv_scale=1.0), ValueError, "ckv_scale_arr: given with a ckv_scale, expected one of the two"),
+    (groups(kpe_scale=1.0), ValueError, "kpe_scale: for a cache of torch.float8_e4m3fn alone, expected None"),
+    (
+        groups(ckv_scale_arr=empty(40, 64, 512, dtype=torch.float32)), ValueError,
+        r"ckv_scale_arr: shape \(40, 64, 512\), expected \(40, 64, 4\), for ckv_cache's",
+    ),
+    (
+        groups(ckv_scale_arr=empty(40, 64, 8, dtype=torch.float32)[..., ::2]), ValueError,
+        r"ckv_scale_arr: strides \(512, 8, 2\), expected a contiguous last dimension",
+    ),
+    (
+        paged(ckv_scale_arr=empty(40, 64, 4, dtype=torch.float32)), ValueError,
+        "ckv_scale_arr: for a cache of torch.float8_e4m3fn alone, expected None for one of torch.bfloat16",
+    ),
     (paged(num_ctas=0), ValueError, "num_ctas: 0, expected 1 to"),
     (paged(cache_batch_idx=empty(3, dtype=I32)), ValueError, "cache_batch_idx: given with a page_table"),
     (unpaged(cache_batch_idx=empty(4, dtype=I32)), ValueError, r"cache_batch_idx: shape \(4,\), expected \(3,\)"),
@@ -166,6 +194,7 @@ BAD = [
     (paged(ckv_cache=empty(40, 64, 512, device="cpu")), RuntimeError, "ckv_cache: on cpu, expected meta"),
     (paged(page_table=empty(3, 10, dtype=I32, device="cpu")), RuntimeError, "page_table: on cpu, expected meta"),
     (ragged(cu_seqlens_q=empty(4, dtype=I32, device="cpu")), RuntimeError, "cu_seqlens_q: on cpu, expected meta"),
+    (groups(ckv_scale_arr=torch.ones(40, 64, 4)), RuntimeError, "ckv_scale_arr: on cpu, expected meta, as q_nope"),
     (e4m3(ckv_scale=torch.ones(1)), RuntimeError, "ckv_scale: on cpu, expected meta"),
     (paged(out=empty(3, 2, 16, 512, device="cpu")), RuntimeError, "out: on cpu, expected meta"),
     (paged(q_nope=empty(3, 2, 16, 512).requires_grad_()), RuntimeError, "no backward"),

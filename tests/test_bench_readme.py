@@ -40,7 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_rows_it_says_not_run(results: Path) -> None:
     text = readme.replace_sections(DOCUMENT, "s" * 64)
-    assert text.count("not run") == 3 and "old" not in text and "# results" in text
+    assert text.count("not run") == 5 and "old" not in text and "# results" in text
     assert readme.replace_sections(text, "s" * 64) == text
 
 
@@ -51,6 +51,15 @@ def test_tables_hold_the_rows(results: Path) -> None:
     assert "| 65,536 | 8.0 | 20.0 (2.50) | 16.0 (2.00) | 10.0 (1.25) | 1.60 |" in text
     assert "Page size 1" in text and "Batch 1 in a CUDA graph" in text
     assert "geometric mean 1.60 × the better upstream's speed, from 1.60 to 1.60; slower in 0" in text
+
+
+def test_patched_upstreams_beside_unpatched_ones(results: Path) -> None:
+    rows = [replace(r, impl={"etap": "flashinfer-etap"}.get(r.impl, r.impl)) for r in bars() if r.impl != "fa3"]
+    records.append(results / "flashinfer-bars.jsonl", rows)
+    fa3, flashinfer = readme.patched_section("t" * 64).split("**FlashInfer**")
+    assert "not run" in fa3 and "not run" not in flashinfer and "Stale" in flashinfer
+    assert "| 65,536 | 8.0 | 16.0 (2.00) | 10.0 (1.25) | 1.60 |" in flashinfer
+    assert "geometric mean 1.60" in flashinfer
 
 
 def test_plots_are_linked_once_they_are_drawn(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,8 @@ def test_sources_of_a_module(dtypes: str, kernels: str | None) -> None:
     expected = {"flashinfer/adapter.cu", "flashinfer/launch.cu", "flashinfer/workspace.cu"}
     for family in ("bf16", "fp16", "bf16_e4m3", "fp16_e4m3"):
         if family == kernels:
-            expected |= {f"instances/mla_decode_{family}_rows{tile}.cu" for tile in (8, 16, 32)}
+            tiles = (8, 16, 32) if "e4m3" in family else (8, 16, 32, 64)
+            expected |= {f"instances/mla_decode_{family}_rows{tile}.cu" for tile in tiles}
         else:
             expected.add(f"flashinfer/without_{family}.cu")
     assert names == expected and all(file.is_file() for file in sources)
@@ -156,14 +157,18 @@ def test_sources_of_a_module(dtypes: str, kernels: str | None) -> None:
 
 def test_every_launcher_is_in_the_module_once() -> None:
     """What launch.cpp names is defined, by a kernel or by its stand-in: an undefined one would fail at load time."""
-    named = set(re.findall(r"ETAP_DECLARE\((\w+), (\d+)\)", (locations.csrc_root() / "ops/launch.cpp").read_text()))
-    assert len(named) >= 6
+    text = (locations.csrc_root() / "ops/launch.cpp").read_text()
+    assert "#define ETAP_WITHOUT_GROUPS" in (locations.csrc_root() / "flashinfer/launch.cu").read_text()
+    text = re.sub(r"#if !defined\(ETAP_WITHOUT_GROUPS\)\n.*?#endif\n", "", text, flags=re.S)
+    named = set(re.findall(r"ETAP_DECLARE\((\w+), (\d+)\)", text))
+    assert len(named) >= 6 and not any("groups" in family for family, _ in named)
     for name in (uri(), uri("f16", "f16", "f16"), uri("bf16", "e4m3", "bf16"), uri(ckv=256)):
         defined = []
         for file in jit.module_sources(jit.module_name(name, "fa3")):
             text = file.read_text()
             absent = re.findall(r"ETAP_ABSENT\((\w+)\)", text)
             defined += [(family, tile) for family in absent for tile in ("8", "16", "32")]
+            defined += re.findall(r"ETAP_ABSENT_TILE\((\w+), (\d+)\)", text)
             for e4m3, family, tile in re.findall(r"ETAP_INSTANCE(_E4M3)?\((\w+), \w+, (\d+)\)", text):
                 defined.append((family + e4m3.lower(), tile))
         assert len(defined) == len(set(defined)) and set(defined) == named, name
@@ -196,7 +201,7 @@ def test_specification(monkeypatch) -> None:
     assert (plain.sources, plain.options) == (["a.cu"], {"extra_cuda_cflags": ["-x"]})
     name = jit.module_name(uri(), "fa3")
     spec = jit.jit_spec(Spec, name, ["a.cu"], extra_cuda_cflags=["-x"], post_load_adapter=None)
-    assert spec.sources[0] == "a.cu" and len(spec.sources) == 10
+    assert spec.sources[0] == "a.cu" and len(spec.sources) == 11
     assert spec.options["extra_cuda_cflags"] == ["-x", f"-DETAP_MODULE={name}"]
     assert spec.options["extra_include_paths"] == [locations.csrc_root()]
     heard: list[Path] = []

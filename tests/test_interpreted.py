@@ -7,6 +7,7 @@ ETAP_INTERPRETED_PROBLEMS sets how many problems are drawn.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from problems import Built, Problem, build, draw, draw_e4m3, judge
+from problems import Built, Problem, build, draw, draw_e4m3, draw_groups, judge
 
 from etap_integration import mla_decode, ops
 from tools import etap_build
@@ -83,6 +84,26 @@ def test_drawn_e4m3(seed: int, interpreted: Interpreted) -> None:
     check(reduced(draw_e4m3(seed), seed))
 
 
+@pytest.mark.parametrize("seed", range(DRAWN // 2))
+def test_drawn_groups(seed: int, interpreted: Interpreted) -> None:
+    interpreted.seed = seed * 1000
+    interpreted.sms = 8 if seed % 3 == 0 else 4
+    check(reduced(draw_groups(seed), seed))
+
+
+GROUPS = {"groups": {"groups": 4}, "both": {"groups": 4, "rope16": True}, "rope16": {"rope16": True}}
+
+
+@pytest.mark.parametrize("form", GROUPS)
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_one_request_with_scales_of_groups_split_over_many_ctas(
+    heads: int, form: str, interpreted: Interpreted
+) -> None:
+    interpreted.sms = 24
+    check(Problem(lengths=(64 * 24,), heads=heads, e4m3=True, **GROUPS[form]))
+    check(Problem(lengths=(5, 2000, 0, 64), heads=heads, e4m3=True, precise=True, **GROUPS[form]))
+
+
 @pytest.mark.parametrize("page_size", [0, 1, 16, 24, 64])
 def test_page_edges(page_size: int, interpreted: Interpreted) -> None:
     p = page_size or 64
@@ -134,6 +155,54 @@ def test_launches_follow_each_other_in_one_workspace(interpreted: Interpreted) -
     for order in ((4, 0, 0, 3, 2), (1, 2, 3, 4, 0), (0, 4, 2, 2, 1)):
         for i in order:
             assert torch.equal(run(built[i])[0], expected[i]), built[i].problem
+
+
+def test_cache_batch_idx(interpreted: Interpreted) -> None:
+    built = build(Problem(lengths=(300, 0, 65, 200), page_size=0, heads=8), "cpu")
+    out, lse = run(built)
+    order = torch.tensor([2, 3, 0, 1])
+    caches = [torch.empty_like(c).index_copy_(0, order, c) for c in built.args[2:4]]
+    moved = mla_decode(
+        *built.args[:2], *caches, *built.args[4:], **built.options, out=built.new_out(), return_lse=True,
+        cache_batch_idx=order.int(),
+    )  # fmt: skip
+    assert torch.equal(moved[0], out) and torch.equal(moved[1], lse)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_pages_in_one_list_and_base_2(page_size: int, interpreted: Interpreted) -> None:
+    """FlashInfer's page table (CSR), its LSE in base 2 and its (token, head) order: only its adapter asks for them."""
+    built = build(Problem(lengths=(300, 0, 65, 1), q_lens=(1, 2, 3, 1), sq=3, page_size=page_size, causal=True), "cpu")
+    out, lse = run(built)
+    table, lengths = built.args[4], built.problem.lengths
+    used = [-(-n // page_size) for n in lengths]
+    pages = torch.cat([row[:n] for row, n in zip(table, used, strict=True)])
+    base_2 = torch.full((lse.shape[1], lse.shape[0]), torch.nan)
+    interpreted.changes = {
+        "page_table": pages, "page_table_stride": 0, "max_pages": len(pages), "capacity": len(pages) * page_size,
+        "page_indptr": torch.tensor([sum(used[:i]) for i in range(len(used))], dtype=torch.int32),
+        "lse": base_2, "lse_stride": (0, base_2.stride(0), 1), "lse_unit": 1.0,
+    }  # fmt: skip
+    again, _ = run(built)
+    assert torch.equal(again, out)
+    torch.testing.assert_close(base_2.T * math.log(2), lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_the_largest_e4m3_queries(heads: int, interpreted: Interpreted) -> None:
+    """Queries up to bfloat16's range beside caches as small: fp16 inside must not overflow."""
+    up = 2.0**118
+    check(Problem(lengths=(300, 70), heads=heads, e4m3=True, q_scale=up, scales=(1 / up, 1 / up)))
+
+
+def test_each_request_has_its_scale(interpreted: Interpreted) -> None:
+    one = Problem(lengths=(150, 150, 70), e4m3=True, seed=3)
+    built = build(one, "cpu")
+    scales = torch.tensor([0.5, 2.0, 0.125])
+    out = mla_decode(*built.args, out=built.new_out(), ckv_scale=scales, kpe_scale=scales)
+    for i, scale in enumerate(scales.tolist()):
+        alone = mla_decode(*built.args, out=built.new_out(), ckv_scale=scale, kpe_scale=scale)
+        assert torch.equal(alone[i], out[i]), i
 
 
 # Each takes away something that a kernel cannot do without: pattern, replacement, and what must be noticed.

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from problems import PAGE_SIZES, Problem, build, draw, draw_e4m3, judge
+from problems import PAGE_SIZES, Built, Problem, build, draw, draw_e4m3, draw_groups, judge
 
 from etap_integration import numerics
 
@@ -136,6 +136,33 @@ def test_drawn_e4m3_problems(seed: int) -> None:
     parts = 2 if problem.precise else 1
     options = {"p_parts": parts, "num_parts": 1 + seed % 4, "out_dtype": problem.out_dtype}
     judge(built, *built.reference(numerics.etap_e4m3_model, **options), parts)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_problems_with_scales_of_groups(seed: int) -> None:
+    problem = draw_groups(seed)
+    lengths = tuple(min(n, 700) for n in problem.lengths)
+    problem = problem.with_(lengths=lengths, heads=min(problem.heads, 17))
+    built = build(problem, "cpu")
+    parts = 2 if problem.precise else 1
+    options = {"p_parts": parts, "num_parts": 1 + seed % 4, "out_dtype": problem.out_dtype}
+    judge(built, *built.reference(numerics.etap_e4m3_model, **options), parts)
+
+
+@pytest.mark.parametrize("power", [-60, 0, 70])
+def test_scales_of_any_magnitude(power: int) -> None:
+    """Scales of groups far from 1, of either sign and 0: no fp16 overflows, and their ratio alone matters."""
+    built = build(Problem(lengths=(500, 70), e4m3=True, groups=8, rope16=True, out_dtype=torch.float32), "cpu")
+    arr = built.options["ckv_scale_arr"]
+    arr[..., 1] *= -1
+    arr[..., 3] = torch.where(arr[..., 3].isnan(), math.nan, 0.0)
+    exact = built.reference()[0]
+    arr *= 2.0**power
+    q_nope, *rest = built.args
+    scaled = Built(built.problem, ((q_nope.float() * 2.0**-power).to(q_nope.dtype), *rest), built.options, 40.0)
+    out, lse = scaled.reference(numerics.etap_e4m3_model, out_dtype=torch.float32)
+    assert out.isfinite().all() and lse.isfinite().all()
+    assert (out.double() * 2.0**-power - exact).abs().max() < 2.0**-10 * exact.abs().max()
 
 
 @pytest.mark.parametrize("power", [-140, -126, -60, 0, 60, 125])

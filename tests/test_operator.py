@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Built, Problem, build, draw, draw_e4m3, judge
+from problems import Built, Problem, build, draw, draw_e4m3, draw_groups, judge
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import etap_integration
@@ -30,8 +30,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     calls: list[tuple] = []
 
     def kernel(*args) -> None:
-        args += (None, None, 1.0, 1.0, None)[len(args) - 14 :]  # the dispatcher drops trailing defaults
+        args += (None, None, 1.0, 1.0, None, None)[len(args) - 14 :]  # the dispatcher drops trailing defaults
         calls.append(args)
+        *args, arr = args
         q_nope, q_rope, ckv, kpe, table, lengths, cu, max_q, scale, causal, out, lse, _, parts, *scales, index = args
         options = {
             "cu_seqlens_q": cu,
@@ -46,7 +47,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
         if ckv.dtype == torch.float8_e4m3fn:
             model = numerics.etap_e4m3_model
             values = [float(v) if t is None else t.item() for t, v in zip(scales[:2], scales[2:], strict=True)]
-            options |= {"ckv_scale": values[0], "kpe_scale": values[1]}
+            options |= {"ckv_scale": values[0], "kpe_scale": values[1], "ckv_scale_arr": arr}
         result, result_lse = model(q_nope, q_rope, ckv, kpe, table, lengths, **options)
         assert max_q >= max(numerics.query_lengths(q_nope, cu))
         out.copy_(result)
@@ -82,19 +83,58 @@ def test_drawn_e4m3_problems_reach_the_kernel_intact(seed: int, stand_in: list[t
     judge(built, out, lse, 2 if problem.precise else 1)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_drawn_problems_with_scales_of_groups_reach_the_kernel_intact(seed: int, stand_in: list[tuple]) -> None:
+    problem = draw_groups(seed)
+    lengths = tuple(min(n, 300) for n in problem.lengths)
+    built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
+    out, lse = run(built)
+    judge(built, out, lse, 2 if problem.precise else 1)
+
+
+def test_tokens_of_656_bytes() -> None:
+    """The three views of a FlashMLA-style cache lie where that format has them."""
+    cache = torch.arange(3 * 5 * 656).to(torch.uint8).view(3, 5, 656)
+    for given in (cache, cache.view(3, 5, 1, 656), cache.view(torch.float8_e4m3fn)):
+        ckv, arr, kpe = etap_integration.split_token_cache(given)
+        assert (ckv.shape, arr.shape, kpe.shape) == ((3, 5, 512), (3, 5, 4), (3, 5, 64))
+        assert (ckv.dtype, arr.dtype, kpe.dtype) == (torch.float8_e4m3fn, torch.float32, torch.bfloat16)
+        assert torch.equal(ckv.view(torch.uint8), cache[..., :512])
+        assert torch.equal(arr.view(torch.uint8), cache[..., 512:528])
+        assert torch.equal(kpe.view(torch.uint8), cache[..., 528:])
+        assert {x.untyped_storage().data_ptr() for x in (ckv, arr, kpe)} == {cache.data_ptr()}
+    assert etap_integration.split_token_cache(cache, torch.float16)[2].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1],), TypeError, "cache: expected a torch.Tensor, got list"),
+        ((torch.zeros(2, 3, 656),), TypeError, "cache: dtype torch.float32, expected one of one byte"),
+        ((torch.zeros(2, 3, 656, dtype=torch.uint8), torch.float32), TypeError, "rope_dtype: torch.float32, expected"),
+        ((torch.zeros(2, 3, 576, dtype=torch.uint8),), ValueError, r"cache: shape \(2, 3, 576\), expected"),
+        ((torch.zeros(2, 3, 658, dtype=torch.uint8)[..., :656],), ValueError, r"cache: strides \(1974, 658, 1\)"),
+        ((torch.zeros(2, 3, 660, dtype=torch.uint8)[..., 2:658],), ValueError, "cache: strides .* and offset 2"),
+    ],
+)
+def test_tokens_of_other_forms(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        etap_integration.split_token_cache(*arguments)
+
+
 def test_scales_reach_the_kernel(stand_in: list[tuple]) -> None:
     built = build(Problem(lengths=(70, 3), e4m3=True), "cpu")
     mla_decode(*built.args)
-    assert stand_in[-1][13:] == (1, None, None, 1.0, 1.0, None)
+    assert stand_in[-1][13:] == (1, None, None, 1.0, 1.0, None, None)
     mla_decode(*built.args, kpe_scale=2)
-    assert stand_in[-1][14:] == (None, None, 1.0, 2.0, None)
+    assert stand_in[-1][14:] == (None, None, 1.0, 2.0, None, None)
     mla_decode(*built.args, ckv_scale=torch.tensor(0.5), kpe_scale=torch.empty(0))
-    assert stand_in[-1][14].item() == 0.5 and stand_in[-1][15:] == (None, 1.0, 1.0, None)
+    assert stand_in[-1][14].item() == 0.5 and stand_in[-1][15:] == (None, 1.0, 1.0, None, None)
     mla_decode(*built.args, ckv_scale=0.5, kpe_scale=torch.empty(0))
-    assert stand_in[-1][14:] == (None, None, 0.5, 1.0, None)
+    assert stand_in[-1][14:] == (None, None, 0.5, 1.0, None, None)
     each = torch.tensor([0.5, 0.25])  # one per request, which the model does not take
-    assert ops._rare_arguments(each, None, None) == (each, None, 1.0, 1.0, None)
-    assert ops._rare_arguments(None, each, None) == (None, each, 1.0, 1.0, None)
+    assert ops._rare_arguments(each, None, None) == (each, None, 1.0, 1.0, None, None)
+    assert ops._rare_arguments(None, each, None) == (None, each, 1.0, 1.0, None, None)
 
 
 def test_defaults(stand_in: list[tuple]) -> None:
@@ -103,7 +143,7 @@ def test_defaults(stand_in: list[tuple]) -> None:
     assert isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16
     *_, table, lengths, cu, max_q, scale, causal, passed, lse, num_ctas, parts = stand_in[0][:14]
     assert (cu, max_q, causal, lse, num_ctas, parts) == (None, 1, False, None, 0, 0)
-    assert stand_in[0][14:] == (None, None, 1.0, 1.0, None)
+    assert stand_in[0][14:] == (None, None, 1.0, 1.0, None, None)
     assert math.isclose(scale, 576**-0.5) and passed is out and table is built.args[4]
     assert lengths.dtype == torch.int32 and lengths.tolist() == [70, 3]
     mla_decode(*built.args, num_ctas=78, precise=False)
@@ -127,7 +167,7 @@ def test_cache_batch_idx(stand_in: list[tuple]) -> None:
     for new, cache in zip(scattered, (ckv, kpe), strict=True):
         new[place.long()] = cache
     out = mla_decode(q_nope, q_rope, *scattered, None, lengths, cache_batch_idx=place)
-    assert torch.equal(out, expected) and stand_in[1][-1] is place
+    assert torch.equal(out, expected) and stand_in[1][-2] is place
 
 
 def test_empty_batches_launch_nothing(stand_in: list[tuple]) -> None:

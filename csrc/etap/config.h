@@ -27,8 +27,13 @@ constexpr int kMaxCtas = 256;                       // of one launch: more SMs t
 // A slot of the workspace: a partial O^T (fp32), then per row its reference maximum and sum, in whole lines.
 constexpr int slot_bytes(int row_tile) { return row_tile * kLatentDim * 4 + (row_tile * 8 + 127) / 128 * 128; }
 
-// Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers.
-enum class CacheFormat { kQueryType, kE4m3 };
+// Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3 cache
+// has one scale for its latent and one for its rope part; or kGroups: a scale for each key and kScaleGroup latent
+// columns; or kGroupsRope16: that, and a rope part of the query's type, without a scale.
+enum class CacheFormat { kQueryType, kE4m3, kE4m3Groups, kE4m3GroupsRope16 };
+constexpr int kScaleGroup = 128;                    // latent columns that share a scale: those of an e4m3 ring chunk
+constexpr int kScaleGroups = kLatentDim / kScaleGroup;
+constexpr int kScaleTiles = 6;                      // tiles of scales in shared memory: more than the ring holds
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
 // Up to 32 rows, a warpgroup's registers hold O^T (512 x 32 fp32), and each warpgroup owns whole tiles of keys. Of 64,
@@ -40,7 +45,9 @@ struct TileConfig {
   static_assert(PParts == 1 || PParts == 2);
   static constexpr int kRowTile = RowTile;
   static constexpr int kPParts = PParts;
-  static constexpr bool kE4m3 = Format == CacheFormat::kE4m3;
+  static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
+  static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
+  static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
   static constexpr bool kWide = RowTile == 64;                          // both warpgroups share every tile
   static_assert(!(kWide && kE4m3));
   static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;      // rows of S^T that one warpgroup has: N
@@ -63,27 +70,33 @@ struct TileConfig {
   __host__ __device__
 #endif
   static constexpr int own_block(int group, int c) { return kWide ? 2 * c + group : kLatentChunks / 2 * group + c; }
-  static constexpr int kRopeRowBytes = kRopeDim * kElementBytes;
+  static constexpr int kRopeRowBytes = kRopeDim * (kRope16 ? 2 : kElementBytes);
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
   // e4m3: the bytes of the next group of fragments are loaded while one is widened, where registers are left for them.
-  static constexpr bool kLoadsAhead = RowTile <= 16;
+  static constexpr bool kManyOutputs = RowTile >= 32 || (kGroups && PParts == 2 && RowTile == 16);
+  static constexpr bool kLoadsAhead = !kManyOutputs;
   // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
-  static constexpr int kConsumerRegisters = kE4m3 && RowTile <= 16 ? 208 : 216;
+  static constexpr int kConsumerRegisters = kE4m3 && !kManyOutputs ? 208 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T
-  static constexpr int kQueryChunks = kTileChunks + kE4m3;  // e4m3: the rope part of Q in two fp16 parts
+  static constexpr bool kParksStatistics = kGroups && RowTile == 32;  // in shared memory, while S^T is computed
+  static constexpr int kQueryChunks = kTileChunks + (kE4m3 && !kGroups);  // kE4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
-  static constexpr int kProbBuffers = kWide ? 1 : 2 * kConsumerGroups;
+  // kGroups: a version of P^T for each group of latent columns, P x scale; with many rows in one buffer, not two in turn.
+  static constexpr int kProbVersions = kGroups ? kScaleGroups : 1;
+  static constexpr int kProbTurns = kGroups && kProbVersions * kProbBytes > 8192 ? 1 : 2;
+  static constexpr int kProbBuffers = kWide ? 1 : kProbTurns * kConsumerGroups;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
   static constexpr int kExchangeChunks = kWide ? 0 : RowTile / 4;
   // Arrivals that free a ring chunk: one per warp that reads it last. Wide: eight, since all eight warps read the rope
   // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
-  static constexpr int kControlBytes = 2048 + 96 * RowTile;            // statistics, pieces, barriers
-  static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbBytes + kControlBytes;
+  static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
+  static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes;  // statistics, pieces, barriers
+  static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
   static constexpr int kRing = kRingFit < kMaxRing ? kRingFit : kMaxRing;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;

@@ -45,57 +45,95 @@ ETAP_DEVICE void store_query(uint8_t* chunk, int row, int vector, uint32_t const
   *reinterpret_cast<uint2*>(half + swizzled(row, vector / 2 * 2 + 1)) = make_uint2(pairs[1], pairs[3]);
 }
 
-// Loads the piece's query rows as fp16, scaled. Rows past the request's become zero.
-template <class T, class Cfg>
-ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
-                                 int thread) {
-  constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;  // threads of one row
-  constexpr int kLatent = kLatentChunks * 8 / kLanes;       // 16-byte vectors of each; and one of rope for eight of them
+// A thread's 16-byte vectors of a query row, kLanes threads to a row; zero past the request's rows.
+template <class Cfg>
+struct QueryVectors {
+  static constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;
+  static constexpr int kLatent = kLatentChunks * 8 / kLanes;  // and one of rope for eight of the threads
   static_assert(kLanes >= 8 && kLanes <= 32);
-  int const r = thread / kLanes, lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + r;
-  bool const valid = row < piece.q_len * p.num_heads, has_rope = lane < 8;
-  uint4 latent[kLatent], rope = make_uint4(0, 0, 0, 0);
+  uint4 latent[kLatent], rope;
+
+  ETAP_DEVICE QueryVectors(MlaDecodeParams const& p, PieceInfo const& piece, int thread) {
+    int const lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + thread / kLanes;
+    rope = make_uint4(0, 0, 0, 0);
 #pragma unroll
-  for (int k = 0; k < kLatent; ++k) latent[k] = make_uint4(0, 0, 0, 0);
-  if (valid) {
+    for (int k = 0; k < kLatent; ++k) latent[k] = make_uint4(0, 0, 0, 0);
+    if (row >= piece.q_len * p.num_heads) return;
     auto const* from = static_cast<uint4 const*>(p.q_nope) +
                        row_offset(p, p.q_nope_stride, piece.request, piece.token0, row) / 8 + lane;
 #pragma unroll
     for (int k = 0; k < kLatent; ++k) latent[k] = __ldg(from + k * kLanes);
     from = static_cast<uint4 const*>(p.q_rope) +
            row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8 + lane;
-    if (has_rope) rope = __ldg(from);
+    if (lane < 8) rope = __ldg(from);
   }
-  float const ckv_scale = p.ckv_scale_data ? __ldg(p.ckv_scale_data + piece.request * p.ckv_scale_stride) : p.ckv_scale;
-  float const kpe_scale = p.kpe_scale_data ? __ldg(p.kpe_scale_data + piece.request * p.kpe_scale_stride) : p.kpe_scale;
+
+  // The largest exponent_of of this thread's columns.
+  template <class T>
+  ETAP_DEVICE int latent_exponent() const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int k = 0; k < kLatent; ++k) largest = max(largest, largest_bits(latent[k]));
+    return exponent_of(unpack_pair(largest, T{}).x);
+  }
+  template <class T>
+  ETAP_DEVICE int rope_exponent() const {
+    return exponent_of(unpack_pair(largest_bits(rope), T{}).x);
+  }
+};
+
+// The largest among the threads of a row.
+template <class Cfg>
+ETAP_DEVICE int largest_of_row(int x) {
+#pragma unroll
+  for (int d = QueryVectors<Cfg>::kLanes / 2; d > 0; d /= 2) x = max(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+// A 16-byte vector of a row, times `up`, to its chunk of Q.
+template <class T>
+ETAP_DEVICE void store_query_scaled(uint8_t* chunk, int row, int vector, uint4 v, float up) {
+  uint32_t const in[4] = {v.x, v.y, v.z, v.w};
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 const x = unpack_pair(in[i], T{});
+    pairs[i] = pack_pair(x.x * up, x.y * up, __half{});
+  }
+  store_query(chunk, row, vector, pairs);
+}
+
+// Finite, or scores of 0 would become NaN.
+ETAP_DEVICE float finite_factor(float x) { return fminf(fmaxf(x, -3e38f), 3e38f); }
+
+// ckv_scale and kpe_scale of a request.
+ETAP_DEVICE float latent_scale(MlaDecodeParams const& p, int request) {
+  return p.ckv_scale_data ? __ldg(p.ckv_scale_data + request * p.ckv_scale_stride) : p.ckv_scale;
+}
+ETAP_DEVICE float rope_scale(MlaDecodeParams const& p, int request) {
+  return p.kpe_scale_data ? __ldg(p.kpe_scale_data + request * p.kpe_scale_stride) : p.kpe_scale;
+}
+
+// Loads the piece's query rows as fp16, scaled.
+template <class T, class Cfg>
+ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                 int thread) {
+  using Vectors = QueryVectors<Cfg>;
+  int const r = thread / Vectors::kLanes, lane = thread % Vectors::kLanes;
+  Vectors const q(p, piece, thread);
+  float const ckv_scale = latent_scale(p, piece.request), kpe_scale = rope_scale(p, piece.request);
   float const ratio = kpe_scale / ckv_scale;
-  uint32_t largest = 0;
-#pragma unroll
-  for (int k = 0; k < kLatent; ++k) largest = max(largest, largest_bits(latent[k]));
-  int exponent = max(exponent_of(unpack_pair(largest, T{}).x),
-                     exponent_of(unpack_pair(largest_bits(rope), T{}).x) + exponent_of(ratio) - 126);
-#pragma unroll
-  for (int d = kLanes / 2; d > 0; d /= 2) exponent = max(exponent, __shfl_xor_sync(~0u, exponent, d));
-  QueryScale const scale(exponent);
+  QueryScale const scale(largest_of_row<Cfg>(
+      max(q.template latent_exponent<T>(), q.template rope_exponent<T>() + exponent_of(ratio) - 126)));
   if (thread == 0) smem.control.value_scale[piece.table] = ckv_scale;
-  if (lane == 0) {
-    // Finite, or scores of 0 would become NaN.
-    smem.control.row_scale[r] = fminf(fmaxf(p.scale_log2 * ckv_scale * scale.down, -3e38f), 3e38f);
-  }
+  if (lane == 0) smem.control.row_scale[r] = finite_factor(p.scale_log2 * ckv_scale * scale.down);
 #pragma unroll
-  for (int k = 0; k < kLatent; ++k) {
-    int const v = lane + k * kLanes;
-    uint32_t const in[4] = {latent[k].x, latent[k].y, latent[k].z, latent[k].w};
-    uint32_t pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 const x = unpack_pair(in[i], T{});
-      pairs[i] = pack_pair(x.x * scale.up, x.y * scale.up, __half{});
-    }
-    store_query(smem.query[v / 8], r, v % 8, pairs);
+  for (int k = 0; k < Vectors::kLatent; ++k) {
+    int const v = lane + k * Vectors::kLanes;
+    store_query_scaled<T>(smem.query[v / 8], r, v % 8, q.latent[k], scale.up);
   }
-  if (has_rope) {
-    uint32_t const in[4] = {rope.x, rope.y, rope.z, rope.w};
+  if (lane < 8) {
+    uint32_t const in[4] = {q.rope.x, q.rope.y, q.rope.z, q.rope.w};
     uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -169,7 +207,7 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
 }
 
 // O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; with kLoadsAhead its first block's bytes are
-// there.
+// there. Of P^T's versions, where there are several, each chunk takes its own.
 template <class Cfg>
 ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                       LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
@@ -195,8 +233,8 @@ ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cf
     for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma<Cfg::kPvRows>(a[j], descriptor(p_low + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit), st.out[c],
-                            ScaleOut::One);
+        uint32_t const from = c / 2 % Cfg::kProbVersions * Cfg::kProbBytes + part * Cfg::kRowTile * 128 + j * 32;
+        wgmma<Cfg::kPvRows>(a[j], descriptor(p_low + from / kDescriptorUnit), st.out[c], ScaleOut::One);
       }
     }
     cute::warpgroup_commit_batch();

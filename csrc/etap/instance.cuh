@@ -54,3 +54,6 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
   }
 #define ETAP_INSTANCE(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME, T, ROW_TILE, CacheFormat::kQueryType)
 #define ETAP_INSTANCE_E4M3(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME##_e4m3, T, ROW_TILE, CacheFormat::kE4m3)
+#define ETAP_INSTANCE_GROUPS(NAME, T, ROW_TILE)                                   \
+  ETAP_INSTANCE_OF(NAME##_e4m3_groups, T, ROW_TILE, CacheFormat::kE4m3Groups)      \
+  ETAP_INSTANCE_OF(NAME##_e4m3_groups_rope16, T, ROW_TILE, CacheFormat::kE4m3GroupsRope16)

@@ -8,7 +8,7 @@
 // With 64 rows both consumers work on every tile, and nothing is exchanged at the end.
 #pragma once
 
-#include "consumer_e4m3.cuh"
+#include "consumer_groups.cuh"
 #include "merge.cuh"
 #include "producer.cuh"
 
@@ -31,7 +31,14 @@ ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   }
   if (lane < kPieceBuffers) {
     smem.control.piece_full[lane].init(1);
-    smem.control.piece_empty[lane].init(p.box_rows ? 9 : 12);  // consumer and loading warps
+    int const scale_warps = Cfg::kGroups && p.group_scale != nullptr;  // beside TMA
+    smem.control.piece_empty[lane].init(p.box_rows ? 9 + scale_warps : 12);  // consumer and loading warps
+  }
+  if constexpr (Cfg::kGroups) {
+    if (lane < kScaleTiles) {
+      smem.control.scales_full[lane].init(p.box_rows ? 32 : 128);
+      smem.control.scales_empty[lane].init(4);
+    }
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -48,7 +55,9 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     int piece_thread = thread;
     asm volatile("" : "+r"(piece_thread));  // else addresses that it gives are kept, spilled, from piece to piece
     target_rows<Cfg>(p, smem.control.rows[piece.table], piece, piece_thread);
-    if constexpr (Cfg::kE4m3) {
+    if constexpr (Cfg::kGroups) {
+      load_query_groups<T>(p, smem, piece, piece_thread);
+    } else if constexpr (Cfg::kE4m3) {
       load_query_e4m3<T>(p, smem, piece, piece_thread);
     } else {
       load_query(p, smem, piece, piece_thread);
@@ -57,7 +66,9 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
     sync_consumers();
     st.reset();
-    if constexpr (Cfg::kE4m3) {
+    if constexpr (Cfg::kGroups) {
+      consume_tiles_groups<T>(p, smem, st, piece);
+    } else if constexpr (Cfg::kE4m3) {
       consume_tiles_e4m3(p, smem, st, piece, mask);
     } else if constexpr (Cfg::kWide) {
       ETAP_ROLLED
@@ -70,10 +81,12 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
         consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
       }
     }
+    int lent = chunk + tiles * Cfg::kRingTile;
+    if constexpr (Cfg::kGroups) lent = piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
     if constexpr (Cfg::kWide) {
       finish_piece_wide<T>(p, smem, piece, st);
     } else {
-      finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(chunk + tiles * Cfg::kRingTile));
+      finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
     }
     if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
     release_piece(smem, index, lane);

@@ -59,6 +59,12 @@ struct MlaDecodeParams {
   float lse_unit;               // ln 2: natural log; 1: base 2
 
   void* workspace;              // workspace.cuh
+
+  // e4m3 cache with scales for groups of latent columns: (pages, page_size, 4), or null: ckv_scale for all. A 16-bit
+  // rope part beside it counts as 128 columns of bytes, in its strides too.
+  float const* group_scale;
+  int64_t group_scale_page_stride, group_scale_row_stride;
+  bool group_scale_16b;         // a key's four lie on a multiple of 16 bytes; set by launch_mla_decode
 };
 
 // What a workspace starts with: all zero before its first launch. Host code knows its size only.

@@ -59,6 +59,11 @@ ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   int const pending = index == 0 ? 0 : smem.control.num_pending;
   to.table = piece.whole() ? 2 + index % 2 : pending;
   smem.control.num_pending = pending + !piece.whole();
+  if constexpr (Cfg::kGroups) {
+    int const tile = index == 0 ? 0 : smem.control.next_tile;
+    first_tile(smem, to) = tile;
+    smem.control.next_tile = tile + piece.end - piece.begin;
+  }
   smem.control.next_chunk = to.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile + lent_chunks<Cfg>(piece);
 }
 

@@ -101,8 +101,75 @@ using CacheElement = std::conditional_t<Cfg::kE4m3, uint8_t, uint16_t>;
 // Byte offset of 16-byte column `col16` of row `row` in the rope chunk, as TMA would have put it.
 template <class Cfg>
 ETAP_DEVICE uint32_t rope_offset(uint32_t row, uint32_t col16) {
-  return Cfg::kE4m3 ? row * 64 + ((col16 ^ (row >> 1 & 3)) << 4) : swizzled(row, col16);
+  return Cfg::kRopeRowBytes == 64 ? row * 64 + ((col16 ^ (row >> 1 & 3)) << 4) : swizzled(row, col16);
 }
+
+// ---- scales for groups of latent columns, a tile at a time
+
+// The four of one key.
+ETAP_DEVICE void copy_scales(MlaDecodeParams const& p, KeyPlace place, float4& to) {
+  float const* const from =
+      p.group_scale + place.page * p.group_scale_page_stride + place.row * p.group_scale_row_stride;
+  if (p.group_scale_16b) {
+    cute::SM80_CP_ASYNC_CACHEGLOBAL<float4>::copy(*reinterpret_cast<float4 const*>(from), to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kScaleGroups; ++i) {
+      cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(from[i], reinterpret_cast<float*>(&to)[i]);
+    }
+  }
+}
+
+// Beside TMA, one warp loads the scales of all pieces. The copies arrive at the barrier by themselves, as the gathers'.
+template <class Cfg>
+ETAP_DEVICE void load_piece_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                   int lane) {
+  int const request = piece.request, len = piece.len, begin = piece.begin, end = piece.end;
+  int const* const pages = piece.pages;
+  KeyPlace next[2] = {{0, -1}, {0, -1}};
+  ETAP_ROLLED
+  for (int tile = begin - 1; tile < end; ++tile) {  // one tile of look-ups ahead
+    KeyPlace place[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      place[i] = next[i];
+      int const key = (tile + 1) * kTileKeys + lane + 32 * i;
+      next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
+    }
+    if (tile < begin) continue;
+    auto const at = ScalePosition::at(first_tile(smem, piece) + tile - begin);
+    smem.control.scales_empty[at.slot].wait(at.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (place[i].row >= 0) copy_scales(p, place[i], smem.control.scales[at.slot][lane + 32 * i]);
+    }
+    cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.scales_full[at.slot]));
+  }
+}
+
+template <class Cfg>
+ETAP_DEVICE void produce_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
+  ETAP_ROLLED
+  for (int index = 0;; ++index) {
+    PieceInfo const& piece = await_piece(smem, index);
+    if (piece.request < 0) break;
+    load_piece_scales(p, smem, piece, lane);
+    release_piece(smem, index, lane);
+  }
+}
+
+// In a gather, 64 of the threads take one key each. All 128 call this for the n-th tile since launch; `row` < 0: no key,
+// or none of this thread's.
+template <class Cfg>
+ETAP_DEVICE void gather_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, KeyPlace place, int key,
+                               int n) {
+  auto const at = ScalePosition::at(n);
+  smem.control.scales_empty[at.slot].wait(at.parity ^ 1);
+  if (place.row >= 0) copy_scales(p, place, smem.control.scales[at.slot][key]);
+  cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.scales_full[at.slot]));
+}
+
+// ---- gathers
 
 // Brings the page table's entries of a tile to L2, from two threads on. They come from HBM, and are looked up only one
 // tile before they are used.
@@ -140,6 +207,13 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
       next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
     if (tile < piece.begin) continue;
+    if constexpr (Cfg::kGroups) {
+      KeyPlace own = place[0];
+#pragma unroll
+      for (int i = 1; i < kRows; ++i) own = col16 == i ? place[i] : own;
+      if (col16 >= kRows) own.row = -1;
+      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, first_tile(smem, piece) + tile - piece.begin);
+    }
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
     if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
@@ -148,7 +222,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
     ETAP_ROLLED
     for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
-      bool const rope = Cfg::kE4m3 && chunk < 0;  // rows of 64 bytes
+      bool const rope = Cfg::kRopeRowBytes == 64 && chunk < 0;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         // 16 rows further on, the swizzle is the same.
@@ -183,7 +257,15 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
   ETAP_ROLLED
   for (int step = piece.begin * Cfg::kRingTile; step < piece.end * Cfg::kRingTile; ++step) {
     int const tile = step / Cfg::kRingTile, chunk = step % Cfg::kRingTile - 1;
-    bool const rope = Cfg::kE4m3 && chunk < 0;  // rows of 64 bytes
+    bool const rope = Cfg::kRopeRowBytes == 64 && chunk < 0;
+    if constexpr (Cfg::kGroups) {
+      if (chunk < 0 && p.group_scale) {
+        int const key = tile * kTileKeys + thread;
+        bool const loads = thread < kTileKeys && key < piece.len;
+        KeyPlace const place = loads ? locate_key(p, piece.request, piece.pages, key) : KeyPlace{0, -1};
+        gather_scales(p, smem, place, thread, first_tile(smem, piece) + tile - piece.begin);
+      }
+    }
     smem.control.empty[at.slot].wait(at.parity ^ 1);
     ETAP_ROLLED
     for (int row = thread / 8; row < min(kTileKeys, piece.len - tile * kTileKeys); row += 16) {
@@ -207,7 +289,12 @@ template <class Cfg>
 ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                          SharedStorage<Cfg>& smem, int warp, int lane) {
   bool const gather = p.box_rows == 0;
-  if (!gather && warp > 0) return;
+  if (!gather && warp > 0) {
+    if constexpr (Cfg::kGroups) {
+      if (warp == 1 && p.group_scale) produce_scales(p, smem, lane);
+    }
+    return;
+  }
   RingPosition<Cfg> at{0, 0};
   ETAP_ROLLED
   for (int index = 0;; ++index) {

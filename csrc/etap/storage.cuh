@@ -29,6 +29,14 @@ struct RingPosition {
   }
 };
 
+// Where a tile's scales lie, likewise.
+struct ScalePosition {
+  uint32_t slot, parity;
+
+  // Of the n-th tile since launch.
+  static ETAP_DEVICE ScalePosition at(uint32_t n) { return {n % kScaleTiles, (n / kScaleTiles) & 1}; }
+};
+
 // A piece as the CTA's roles share it.
 struct PieceInfo : Piece {
   int const* pages; // its row of the page table
@@ -44,6 +52,20 @@ struct RowTarget {
   int64_t out, lse;
 };
 
+// Scales of a cache's latent columns, tile by tile in turn since launch; nothing where the cache has none.
+template <class Cfg, bool = Cfg::kGroups>
+struct ScaleStorage {};
+template <class Cfg>
+struct ScaleStorage<Cfg, true> {
+  float4 scales[kScaleTiles][kTileKeys];   // of a key's four groups of columns; 1 without scales in memory
+  uint4 power[kConsumerGroups][4];         // of each group of columns, each warp's own copy: see raise_powers
+  float rope_scale[Cfg::kRowTile];         // a rope score's factor to log2 units, where the rope part is e4m3
+  FullBarrier scales_full[kScaleTiles];    // one arrival per thread that loads scales: 32 beside TMA, else 128
+  EmptyBarrier scales_empty[kScaleTiles];  // one arrival per warp of the warpgroup that the tile belongs to
+  int first_tile[kPieceBuffers];           // of each of Control::piece: tiles of this CTA before it, since launch
+  int next_tile;                           // behind the last piece posted
+};
+
 template <class Cfg>
 struct alignas(1024) SharedStorage {
   // A chunk: 64 keys x 128 bytes, swizzled. Per tile: the rope chunk, then the latent chunks.
@@ -51,9 +73,10 @@ struct alignas(1024) SharedStorage {
   // Q: chunks of [row][64 columns], swizzled; rope last.
   uint8_t query[Cfg::kQueryChunks][Cfg::kRowTile * 128];
   // P^T as [part][row][64 keys], swizzled; two buffers per writer, so that a tile's writers need not wait for the
-  // readers of the tile before. 64 rows: one, for a longer ring.
-  uint8_t prob[Cfg::kProbBuffers][Cfg::kProbBytes];
-  struct Control {
+  // readers of the tile before. 64 rows: one, for a longer ring. With scales for groups of latent columns, a version for
+  // each, in the order of the tile's chunks.
+  uint8_t prob[Cfg::kProbBuffers][Cfg::kProbVersions * Cfg::kProbBytes];
+  struct Control : ScaleStorage<Cfg> {
     float4 warp_stat[kConsumerGroups][Cfg::kScoreRows];  // of each warp of a warpgroup: tile maximum, or sum
     float reference[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units)
     float row_scale[Cfg::kE4m3 || Cfg::kWide ? Cfg::kRowTile : 1];  // e4m3: a score's factor to log2 units; 64 rows:
@@ -71,6 +94,12 @@ struct alignas(1024) SharedStorage {
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
 };
+
+// Tiles of this CTA before a piece, since launch.
+template <class Cfg>
+ETAP_DEVICE int& first_tile(SharedStorage<Cfg>& smem, PieceInfo const& piece) {
+  return smem.control.first_tile[&piece - smem.control.piece];
+}
 
 // Waits until this pass of the ring can have begun in `count` chunks from `at` on: until the pass before has been used.
 // A full barrier's parity tells a pass from the one before, not from the one before that: where the pass before was the

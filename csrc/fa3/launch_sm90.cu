@@ -1,1 +1,2 @@
+#define ETAP_WITHOUT_GROUPS
 #include "../ops/launch.cpp"

@@ -32,15 +32,37 @@ ETAP_DECLARE(bf16_e4m3, 32)
 ETAP_DECLARE(fp16_e4m3, 8)
 ETAP_DECLARE(fp16_e4m3, 16)
 ETAP_DECLARE(fp16_e4m3, 32)
+// A build without these kernels (an upstream's, which has no use for them) says so.
+#if !defined(ETAP_WITHOUT_GROUPS)
+ETAP_DECLARE(bf16_e4m3_groups, 8)
+ETAP_DECLARE(bf16_e4m3_groups, 16)
+ETAP_DECLARE(bf16_e4m3_groups, 32)
+ETAP_DECLARE(fp16_e4m3_groups, 8)
+ETAP_DECLARE(fp16_e4m3_groups, 16)
+ETAP_DECLARE(fp16_e4m3_groups, 32)
+ETAP_DECLARE(bf16_e4m3_groups_rope16, 8)
+ETAP_DECLARE(bf16_e4m3_groups_rope16, 16)
+ETAP_DECLARE(bf16_e4m3_groups_rope16, 32)
+ETAP_DECLARE(fp16_e4m3_groups_rope16, 8)
+ETAP_DECLARE(fp16_e4m3_groups_rope16, 16)
+ETAP_DECLARE(fp16_e4m3_groups_rope16, 32)
+#endif
 #undef ETAP_DECLARE
 
 namespace {
 
-constexpr Launcher kLaunchers[2][2][4] = {  // [cache][query][row tile]
+constexpr Launcher kLaunchers[4][2][4] = {  // [cache][query][row tile]
     {{launch_bf16_8, launch_bf16_16, launch_bf16_32, launch_bf16_64},
      {launch_fp16_8, launch_fp16_16, launch_fp16_32, launch_fp16_64}},
-    {{launch_bf16_e4m3_8, launch_bf16_e4m3_16, launch_bf16_e4m3_32, nullptr},
-     {launch_fp16_e4m3_8, launch_fp16_e4m3_16, launch_fp16_e4m3_32, nullptr}}};
+    {{launch_bf16_e4m3_8, launch_bf16_e4m3_16, launch_bf16_e4m3_32},
+     {launch_fp16_e4m3_8, launch_fp16_e4m3_16, launch_fp16_e4m3_32}},
+#if !defined(ETAP_WITHOUT_GROUPS)
+    {{launch_bf16_e4m3_groups_8, launch_bf16_e4m3_groups_16, launch_bf16_e4m3_groups_32},
+     {launch_fp16_e4m3_groups_8, launch_fp16_e4m3_groups_16, launch_fp16_e4m3_groups_32}},
+    {{launch_bf16_e4m3_groups_rope16_8, launch_bf16_e4m3_groups_rope16_16, launch_bf16_e4m3_groups_rope16_32},
+     {launch_fp16_e4m3_groups_rope16_8, launch_fp16_e4m3_groups_rope16_16, launch_fp16_e4m3_groups_rope16_32}},
+#endif
+};
 
 // The driver's encoder, looked up once, so that nothing links against the driver.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
@@ -55,7 +77,7 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-int element_bytes(LaunchConfig const& config) { return config.cache == CacheFormat::kE4m3 ? 1 : 2; }
+int element_bytes(LaunchConfig const& config) { return config.cache == CacheFormat::kQueryType ? 2 : 1; }
 
 // (columns, rows of a page, pages), in boxes of 128 bytes, or all columns where they are less, x box_rows rows.
 cudaError_t encode_cache(CUtensorMap* map, LaunchConfig const& config, void const* base, int columns,
@@ -112,6 +134,12 @@ int tma_box_rows(MlaDecodeParams const& p, int element_bytes) {
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {
   params.heads_divmod = cutlass::FastDivmod(params.num_heads);
   params.page_divmod = cutlass::FastDivmod(params.page_size);
+  int rope_columns = kRopeDim;
+  if (config.cache == CacheFormat::kE4m3GroupsRope16) {  // as bytes, like the latent part
+    rope_columns *= 2;
+    params.kpe_page_stride *= 2;
+    params.kpe_row_stride *= 2;
+  }
   int const bytes = element_bytes(config);
   params.box_rows = tma_box_rows(params, bytes);
   auto const aligned = [bytes](void const* base, int64_t row, int64_t page) {
@@ -119,6 +147,8 @@ cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config
   };
   params.gather_16b = aligned(params.ckv, params.ckv_row_stride, params.ckv_page_stride) &&
                       aligned(params.kpe, params.kpe_row_stride, params.kpe_page_stride);
+  params.group_scale_16b = reinterpret_cast<uintptr_t>(params.group_scale) % 16 == 0 &&
+                           params.group_scale_row_stride % 4 == 0 && params.group_scale_page_stride % 4 == 0;
   int p_parts = 0;
   cudaError_t status = resolve_p_parts(config, &p_parts);
   if (status != cudaSuccess) return status;
@@ -127,13 +157,13 @@ cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config
     status = encode_cache(&ckv_map, config, params.ckv, kLatentDim, params, params.ckv_page_stride,
                           params.ckv_row_stride);
     if (status == cudaSuccess) {
-      status = encode_cache(&kpe_map, config, params.kpe, kRopeDim, params, params.kpe_page_stride,
+      status = encode_cache(&kpe_map, config, params.kpe, rope_columns, params, params.kpe_page_stride,
                             params.kpe_row_stride);
     }
     if (status != cudaSuccess) return status;
   }
   int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : config.row_tile == 32 ? 2 : 3;
-  auto const launch = kLaunchers[config.cache == CacheFormat::kE4m3][config.dtype == Dtype::kFp16][index];
+  auto const launch = kLaunchers[int(config.cache)][config.dtype == Dtype::kFp16][index];
   if (!launch) return cudaErrorInvalidValue;
   return launch(p_parts, params, ckv_map, kpe_map, config.num_ctas, stream);
 }

@@ -61,12 +61,27 @@ float const* scale_data(char const* name, std::optional<at::Tensor> const& t, at
   return t->const_data_ptr<float>();
 }
 
+// Scales for each key and kScaleGroup latent columns.
+float const* group_scale_data(std::optional<at::Tensor> const& t, at::Tensor const& ckv, MlaDecodeParams* params) {
+  if (!t) return nullptr;
+  TORCH_CHECK(t->scalar_type() == at::kFloat && t->device() == ckv.device(), "ckv_scale_arr must be float32 on ",
+              ckv.device(), ", got ", t->scalar_type(), " on ", t->device());
+  TORCH_CHECK(t->dim() == 3 && t->size(0) == ckv.size(0) && t->size(1) == ckv.size(1) && t->size(2) == kScaleGroups &&
+                  t->stride(2) == 1,
+              "ckv_scale_arr must be (", ckv.size(0), ", ", ckv.size(1), ", ", kScaleGroups,
+              "), contiguous in its last dimension, got ", t->sizes(), ", strides ", t->strides());
+  params->group_scale_page_stride = t->stride(0);
+  params->group_scale_row_stride = t->stride(1);
+  return t->const_data_ptr<float>();
+}
+
 void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor const& ckv_cache,
                 at::Tensor const& kpe_cache, std::optional<at::Tensor> const& page_table,
                 at::Tensor const& cache_seqlens, std::optional<at::Tensor> const& cu_seqlens_q, int64_t max_seqlen_q,
                 double softmax_scale, bool causal, at::Tensor& out, std::optional<at::Tensor> lse, int64_t num_ctas,
                 int64_t p_parts, std::optional<at::Tensor> const& ckv_scale, std::optional<at::Tensor> const& kpe_scale,
-                double ckv_scale_value, double kpe_scale_value, std::optional<at::Tensor> const& cache_batch_idx) {
+                double ckv_scale_value, double kpe_scale_value, std::optional<at::Tensor> const& cache_batch_idx,
+                std::optional<at::Tensor> const& ckv_scale_arr) {
   bool const ragged = cu_seqlens_q.has_value();
   TORCH_CHECK(q_nope.is_cuda(), "q_nope must be a CUDA tensor, got ", q_nope.device());
   TORCH_CHECK(q_nope.scalar_type() == at::kBFloat16 || q_nope.scalar_type() == at::kHalf,
@@ -83,11 +98,15 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   TORCH_CHECK(ckv_cache.size(0) == kpe_cache.size(0) && ckv_cache.size(1) == kpe_cache.size(1),
               "ckv_cache and kpe_cache must agree in pages and page size, got ", ckv_cache.sizes(), " and ",
               kpe_cache.sizes());
-  TORCH_CHECK(ckv_cache.scalar_type() == kpe_cache.scalar_type(), "ckv_cache and kpe_cache must have the same dtype, got ",
-              ckv_cache.scalar_type(), " and ", kpe_cache.scalar_type());
   bool const e4m3 = ckv_cache.scalar_type() == at::kFloat8_e4m3fn;
-  TORCH_CHECK(e4m3 || (!ckv_scale && !kpe_scale && ckv_scale_value == 1.0 && kpe_scale_value == 1.0),
-              "ckv_scale and kpe_scale are for a float8_e4m3fn cache, got ", ckv_cache.scalar_type());
+  bool const rope16 = e4m3 && kpe_cache.scalar_type() != at::kFloat8_e4m3fn;
+  TORCH_CHECK(e4m3 || ckv_cache.scalar_type() == kpe_cache.scalar_type(), "kpe_cache must have ckv_cache's dtype ",
+              ckv_cache.scalar_type(), ", got ", kpe_cache.scalar_type());
+  TORCH_CHECK(e4m3 || (!ckv_scale && ckv_scale_value == 1.0 && !ckv_scale_arr),
+              "ckv_scale and ckv_scale_arr are for a float8_e4m3fn cache, got ", ckv_cache.scalar_type());
+  TORCH_CHECK((e4m3 && !rope16) || (!kpe_scale && kpe_scale_value == 1.0),
+              "kpe_scale is for a float8_e4m3fn cache, got ", kpe_cache.scalar_type());
+  TORCH_CHECK(!ckv_scale_arr || (!ckv_scale && ckv_scale_value == 1.0), "ckv_scale does not go with ckv_scale_arr");
   TORCH_CHECK(out.sizes() == q_nope.sizes() && out.device() == q_nope.device() &&
                   (out.scalar_type() == q_nope.scalar_type() || out.scalar_type() == at::kFloat) && rows_aligned(out),
               "out must have q_nope's shape and device, its dtype or float32, and 16-byte aligned rows");
@@ -164,10 +183,14 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   params.kpe_scale = static_cast<float>(kpe_scale_value);
   params.ckv_scale_data = scale_data("ckv_scale", ckv_scale, q_nope, params.batch, &params.ckv_scale_stride);
   params.kpe_scale_data = scale_data("kpe_scale", kpe_scale, q_nope, params.batch, &params.kpe_scale_stride);
+  params.group_scale = group_scale_data(ckv_scale_arr, ckv_cache, &params);
 
   LaunchConfig config;
   config.dtype = q_nope.scalar_type() == at::kBFloat16 ? Dtype::kBf16 : Dtype::kFp16;
-  config.cache = e4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
+  config.cache = rope16          ? CacheFormat::kE4m3GroupsRope16  // with ckv_scale too
+                 : ckv_scale_arr ? CacheFormat::kE4m3Groups
+                 : e4m3          ? CacheFormat::kE4m3
+                                 : CacheFormat::kQueryType;
   config.row_tile = row_tile_for(max_seqlen_q * params.num_heads, config.cache);
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
@@ -184,7 +207,8 @@ TORCH_LIBRARY_FRAGMENT(etap, m) {
       "mla_decode(Tensor q_nope, Tensor q_rope, Tensor ckv_cache, Tensor kpe_cache, Tensor? page_table, "
       "Tensor cache_seqlens, Tensor? cu_seqlens_q, int max_seqlen_q, float softmax_scale, bool causal, "
       "Tensor(a!) out, Tensor(b!)? lse, int num_ctas, int p_parts, Tensor? ckv_scale=None, "
-      "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1., Tensor? cache_batch_idx=None) -> ()");
+      "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1., Tensor? cache_batch_idx=None, "
+      "Tensor? ckv_scale_arr=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(etap, CUDA, m) { m.impl("mla_decode", &etap::mla_decode); }

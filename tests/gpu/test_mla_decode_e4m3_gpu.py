@@ -11,7 +11,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from problems import CACHE_LAYOUTS, HEADS, PAGE_SIZES, QUERY_LAYOUTS, Built, Problem, build, draw_e4m3, judge
+from problems import (
+    CACHE_LAYOUTS,
+    HEADS,
+    PAGE_SIZES,
+    QUERY_LAYOUTS,
+    Built,
+    Problem,
+    build,
+    draw_e4m3,
+    draw_groups,
+    judge,
+)
 
 from etap_integration import _library, mla_decode, numerics, ops
 
@@ -61,6 +72,76 @@ def check(problem: Problem) -> None:
 @pytest.mark.parametrize("seed", range(DRAWN))
 def test_drawn(seed: int) -> None:
     check(draw_e4m3(seed))
+
+
+# Scales of each key and 128 latent columns, with an e4m3 or a 16-bit rope part; a 16-bit rope part with one scale.
+FORMS = {"groups": {"groups": 4}, "both": {"groups": 4, "rope16": True}, "rope16": {"rope16": True}}
+
+
+@pytest.mark.parametrize("seed", range(DRAWN))
+def test_drawn_groups(seed: int) -> None:
+    check(draw_groups(seed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("page_size", (0, *PAGE_SIZES))
+def test_page_edges_of_groups(page_size: int, form: str) -> None:
+    p = page_size or 64
+    edges = sorted({0, 1, 63, 64, 65, 127, 128, 129, p - 1, p, p + 1, 2 * p - 1, 2 * p, 2 * p + 1, 5 * p + 1})
+    for causal in (False, True):
+        check(e4m3(lengths=tuple(edges), page_size=page_size, sq=2, causal=causal, heads=8, **FORMS[form]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_and_query_tokens_of_groups(heads: int, dtype: torch.dtype, form: str) -> None:
+    for sq in (1, 3):
+        for precise in (False, True):
+            lengths = (77, 3, 200, 0, 130)
+            check(e4m3(lengths=lengths, heads=heads, sq=sq, causal=True, dtype=dtype, precise=precise, **FORMS[form]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("page_size", [0, 1, 64])
+def test_long_requests_of_groups(page_size: int, form: str) -> None:
+    for heads in (8, 16, 32, 64):
+        check(e4m3(lengths=(40000,), page_size=page_size, heads=heads, **FORMS[form]))
+        check(e4m3(lengths=(5, 20011, 0, 64, 700), page_size=page_size, heads=heads, **FORMS[form]))
+
+
+@pytest.mark.parametrize("form", ["groups", "both"])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_graph_replay_with_new_lengths_and_scales_of_groups(page_size: int, form: str) -> None:
+    full = build(e4m3(lengths=(2048,) * 4, page_size=page_size, **FORMS[form]), "cuda")
+    *tensors, lengths = full.args
+    arr, out = full.options["ckv_scale_arr"], full.new_out()
+    options = {"out": out, "return_lse": True, "ckv_scale_arr": arr}
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        mla_decode(*tensors, lengths, **options)
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, lse = mla_decode(*tensors, lengths, **options)
+    for case in ((64, 1, 0, 65), (2048,) * 4, (0,) * 4, (1, 0, 2047, 63)):
+        lengths.copy_(torch.tensor(case))
+        arr *= 0.75
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        judge(Built(full.problem.with_(lengths=case), full.args, full.options, full.logit_bound), out, lse, 1)
+
+
+def test_one_scale_is_as_many_equal_ones() -> None:
+    built = build(e4m3(lengths=(900, 70, 64), rope16=True), "cuda")
+    expected, expected_lse = run(built, ckv_scale=0.5)
+    each, each_lse = run(built, ckv_scale=torch.full((3,), 0.5, device="cuda"))
+    assert torch.equal(each, expected) and torch.equal(each_lse, expected_lse)
+    arr = torch.full((*built.args[2].shape[:2], 4), 0.5, device="cuda")
+    out, lse = run(built, ckv_scale_arr=arr)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -66,11 +66,8 @@ def _table(cells: Sequence[CellResult], *, batch: bool = False) -> str:
     return report.table(header, body)
 
 
-def results_section(sources: str | None) -> str:
-    """The README's results: the grid `bars`, µs."""
-    rows = latest("bars")
-    if not rows:
-        return NOT_RECORDED
+def _by_shape(rows: Sequence[Row], sources: str | None) -> list[str]:
+    """Conditions, then a table for each kind of shape that a grid like `bars` has."""
     h16 = {"kv_dtype": "bf16", "heads": 16, "q_len": 1, "emulated": None}
     groups = (
         ("Batch 16, 16 heads, bf16 cache, page size 64, µs:", {"batch": 16, "page_size": 64, "mode": "eager"}, False),
@@ -81,16 +78,38 @@ def results_section(sources: str | None) -> str:
     for title, wanted, with_batch in groups:
         if cells := _selected(rows, **h16, **wanted):
             parts += [title, _table(cells, batch=with_batch)]
+    return parts
+
+
+def _summary(rows: Sequence[Row], impl: str) -> list[str]:
+    """One line on the speed-ups of `impl` over the better upstream, where there are any."""
+    speedups = [s for cell in report.cells_of(rows) if (s := cell.speedup(impl)) is not None]
+    if not speedups:
+        return []
+    mean, slower = report.geometric_mean(speedups), sum(s <= 1 for s in speedups)
+    return [
+        f"Over the {len(speedups)} cells of this grid: geometric mean {mean:.2f} × the better upstream's speed, "
+        f"from {min(speedups):.2f} to {max(speedups):.2f}; slower in {slower}."
+    ]
+
+
+def results_section(sources: str | None) -> str:
+    """The README's results: the grid `bars`, µs."""
+    rows = latest("bars")
+    if not rows:
+        return NOT_RECORDED
     drawn = [f"![{text}](docs/img/{name}.svg)" for name, text in PLOT_TEXTS.items() if (PLOTS / f"{name}.svg").exists()]
-    if drawn:
-        parts.append("\n".join(drawn))
-    speedups = [s for cell in report.cells_of(rows) for i in ("etap",) if (s := cell.speedup(i)) is not None]
-    if speedups:
-        mean, slower = report.geometric_mean(speedups), sum(s <= 1 for s in speedups)
-        parts.append(
-            f"Over the {len(speedups)} cells of this grid: geometric mean {mean:.2f} × the better upstream's speed, "
-            f"from {min(speedups):.2f} to {max(speedups):.2f}; slower in {slower}."
-        )
+    plots = ["\n".join(drawn)] if drawn else []
+    return "\n\n".join([*_by_shape(rows, sources), *plots, *_summary(rows, "etap")])
+
+
+def patched_section(sources: str | None) -> str:
+    """The README's patched upstreams beside the unpatched ones."""
+    parts = []
+    for name in ("fa3", "flashinfer"):
+        rows = latest(f"{name}-bars")
+        parts.append(f"**{NAMES[name]}**, patched and unpatched, through its own interface.")
+        parts += [*_by_shape(rows, sources), *_summary(rows, f"{name}-etap")] if rows else [NOT_RECORDED]
     return "\n\n".join(parts)
 
 
@@ -112,6 +131,7 @@ def emulated_section(sources: str | None) -> str:
 
 SECTIONS: dict[str, Callable[[str | None], str]] = {
     "results": results_section,
+    "patched": patched_section,
     "fp8": fp8_section,
     "emulated-h20": emulated_section,
 }

@@ -8,7 +8,9 @@
 
 namespace ptx {
 
-#define EACH_LANE(lane) for (int lane = 0; lane < kLanes; ++lane) if (mask >> lane & 1)
+#define EACH_LANE(lane)                     \
+  for (int lane = 0; lane < kLanes; ++lane) \
+    if (mask >> lane & 1)
 
 // ---- operands
 uint32_t const* Machine::lanes32(Warp const& w, Operand const& o) const {
@@ -23,11 +25,16 @@ uint64_t const* Machine::lanes64(Warp const& w, Operand const& o) const {
 }
 uint64_t Machine::lane(Warp const& w, Operand const& o, int lane) const {
   switch (o.kind) {
-    case Operand::Reg32: return w.reg32[size_t(o.reg) * kLanes + lane];
-    case Operand::Reg64: return w.reg64[size_t(o.reg) * kLanes + lane];
-    case Operand::RegPred: return (w.preds[o.reg] >> lane & 1) != uint32_t(o.negated);
-    case Operand::Immediate: return o.value;
-    default: throw Error("no value in an operand");
+    case Operand::Reg32:
+      return w.reg32[size_t(o.reg) * kLanes + lane];
+    case Operand::Reg64:
+      return w.reg64[size_t(o.reg) * kLanes + lane];
+    case Operand::RegPred:
+      return (w.preds[o.reg] >> lane & 1) != uint32_t(o.negated);
+    case Operand::Immediate:
+      return o.value;
+    default:
+      throw Error("no value in an operand");
   }
 }
 uint32_t Machine::pred(Warp const& w, Operand const& o) const {
@@ -50,9 +57,12 @@ struct Lanes {
   Warp& w;
   Operand const& to;
   void set(int lane, uint64_t value) const {
-    if (to.kind == Operand::Reg32) w.reg32[size_t(to.reg) * kLanes + lane] = uint32_t(value);
-    else if (to.kind == Operand::Reg64) w.reg64[size_t(to.reg) * kLanes + lane] = value;
-    else if (to.kind != Operand::Sink) throw Error("result is no register");
+    if (to.kind == Operand::Reg32)
+      w.reg32[size_t(to.reg) * kLanes + lane] = uint32_t(value);
+    else if (to.kind == Operand::Reg64)
+      w.reg64[size_t(to.reg) * kLanes + lane] = value;
+    else if (to.kind != Operand::Sink)
+      throw Error("result is no register");
   }
 };
 
@@ -69,25 +79,42 @@ uint16_t narrow(Type t, float x) { return t == Type::BF16 || t == Type::BF16x2 ?
 float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
 template <class T>
-T bigger(T a, T b) { return std::isnan(a) ? b : std::isnan(b) ? a : std::max(a, b); }
+T bigger(T a, T b) {
+  return std::isnan(a) ? b : std::isnan(b) ? a : std::max(a, b);
+}
 template <class T>
-T smaller(T a, T b) { return std::isnan(a) ? b : std::isnan(b) ? a : std::min(a, b); }
+T smaller(T a, T b) {
+  return std::isnan(a) ? b : std::isnan(b) ? a : std::min(a, b);
+}
 
 float float_op(Op op, float a, float b) {
   switch (op) {
-    case Op::Add: return a + b;
-    case Op::Sub: return a - b;
-    case Op::Mul: return a * b;
-    case Op::Div: return a / b;
-    case Op::Max: return bigger(a, b);
-    case Op::Min: return smaller(a, b);
-    case Op::Neg: return -a;
-    case Op::Abs: return std::fabs(a);
-    case Op::Ex2: return std::exp2(a);
-    case Op::Lg2: return std::log2(a);
-    case Op::Rcp: return 1.0f / a;
-    case Op::Sqrt: return std::sqrt(a);
-    default: throw Error("floating-point operation");
+    case Op::Add:
+      return a + b;
+    case Op::Sub:
+      return a - b;
+    case Op::Mul:
+      return a * b;
+    case Op::Div:
+      return a / b;
+    case Op::Max:
+      return bigger(a, b);
+    case Op::Min:
+      return smaller(a, b);
+    case Op::Neg:
+      return -a;
+    case Op::Abs:
+      return std::fabs(a);
+    case Op::Ex2:
+      return std::exp2(a);
+    case Op::Lg2:
+      return std::log2(a);
+    case Op::Rcp:
+      return 1.0f / a;
+    case Op::Sqrt:
+      return std::sqrt(a);
+    default:
+      throw Error("floating-point operation");
   }
 }
 
@@ -95,54 +122,88 @@ template <class U, class S>
 U integer_op(Op op, bool is_signed, U a, U b) {
   int constexpr bits = sizeof(U) * 8;
   switch (op) {
-    case Op::Add: return a + b;
-    case Op::Sub: return a - b;
-    case Op::And: return a & b;
-    case Op::Or: return a | b;
-    case Op::Xor: return a ^ b;
-    case Op::Not: return ~a;
-    case Op::Neg: return U(0) - a;
-    case Op::Abs: return S(a) < 0 ? U(0) - a : a;
-    case Op::Max: return is_signed ? U(std::max(S(a), S(b))) : std::max(a, b);
-    case Op::Min: return is_signed ? U(std::min(S(a), S(b))) : std::min(a, b);
-    case Op::Div: return b == 0 ? ~U(0) : is_signed ? (b == ~U(0) ? U(0) - a : U(S(a) / S(b))) : a / b;
-    case Op::Rem: return b == 0 ? a : is_signed ? (b == ~U(0) ? U(0) : U(S(a) % S(b))) : a % b;
-    default: break;
+    case Op::Add:
+      return a + b;
+    case Op::Sub:
+      return a - b;
+    case Op::And:
+      return a & b;
+    case Op::Or:
+      return a | b;
+    case Op::Xor:
+      return a ^ b;
+    case Op::Not:
+      return ~a;
+    case Op::Neg:
+      return U(0) - a;
+    case Op::Abs:
+      return S(a) < 0 ? U(0) - a : a;
+    case Op::Max:
+      return is_signed ? U(std::max(S(a), S(b))) : std::max(a, b);
+    case Op::Min:
+      return is_signed ? U(std::min(S(a), S(b))) : std::min(a, b);
+    case Op::Div:
+      return b == 0 ? ~U(0) : is_signed ? (b == ~U(0) ? U(0) - a : U(S(a) / S(b))) : a / b;
+    case Op::Rem:
+      return b == 0 ? a : is_signed ? (b == ~U(0) ? U(0) : U(S(a) % S(b))) : a % b;
+    default:
+      break;
   }
   uint32_t const by = uint32_t(b);
   if (op == Op::Shl) return by >= uint32_t(bits) ? U(0) : U(a << by);
-  if (op == Op::Shr) return is_signed ? U(S(a) >> std::min<uint32_t>(by, bits - 1)) : by >= uint32_t(bits) ? U(0) : U(a >> by);
+  if (op == Op::Shr)
+    return is_signed ? U(S(a) >> std::min<uint32_t>(by, bits - 1)) : by >= uint32_t(bits) ? U(0) : U(a >> by);
   throw Error("integer operation");
 }
 
 bool compare(int mode, double a, double b) {  // of floats: modes 6 and up are true where one is NaN
   bool const unordered = std::isnan(a) || std::isnan(b);
   switch (mode) {
-    case 0: return a == b;
-    case 1: return !unordered && a != b;
-    case 2: return a < b;
-    case 3: return a <= b;
-    case 4: return a > b;
-    case 5: return a >= b;
-    case 6: return unordered || a == b;
-    case 7: return a != b;
-    case 8: return unordered || a < b;
-    case 9: return unordered || a <= b;
-    case 10: return unordered || a > b;
-    case 11: return unordered || a >= b;
-    case 12: return !unordered;
-    default: return unordered;
+    case 0:
+      return a == b;
+    case 1:
+      return !unordered && a != b;
+    case 2:
+      return a < b;
+    case 3:
+      return a <= b;
+    case 4:
+      return a > b;
+    case 5:
+      return a >= b;
+    case 6:
+      return unordered || a == b;
+    case 7:
+      return a != b;
+    case 8:
+      return unordered || a < b;
+    case 9:
+      return unordered || a <= b;
+    case 10:
+      return unordered || a > b;
+    case 11:
+      return unordered || a >= b;
+    case 12:
+      return !unordered;
+    default:
+      return unordered;
   }
 }
 template <class T>
 bool compare_integers(int mode, T a, T b) {
   switch (mode) {
-    case 0: return a == b;
-    case 1: return a != b;
-    case 2: return a < b;
-    case 3: return a <= b;
-    case 4: return a > b;
-    default: return a >= b;
+    case 0:
+      return a == b;
+    case 1:
+      return a != b;
+    case 2:
+      return a < b;
+    case 3:
+      return a <= b;
+    case 4:
+      return a > b;
+    default:
+      return a >= b;
   }
 }
 
@@ -160,13 +221,20 @@ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 uint64_t extended(Type t, uint64_t raw) {
   switch (t) {
-    case Type::S8: return uint64_t(int64_t(int8_t(raw)));
-    case Type::S16: return uint64_t(int64_t(int16_t(raw)));
-    case Type::S32: return uint64_t(int64_t(int32_t(raw)));
-    case Type::U8: return uint8_t(raw);
-    case Type::U16: return uint16_t(raw);
-    case Type::U32: return uint32_t(raw);
-    default: return raw;
+    case Type::S8:
+      return uint64_t(int64_t(int8_t(raw)));
+    case Type::S16:
+      return uint64_t(int64_t(int16_t(raw)));
+    case Type::S32:
+      return uint64_t(int64_t(int32_t(raw)));
+    case Type::U8:
+      return uint8_t(raw);
+    case Type::U16:
+      return uint16_t(raw);
+    case Type::U32:
+      return uint32_t(raw);
+    default:
+      return raw;
   }
 }
 
@@ -189,7 +257,8 @@ void Machine::arithmetic(Warp& w, Instruction const& i, uint32_t mask) {
       if (t == Type::F32) {
         to.set(l, bits_of(std::fma(float_of(uint32_t(a)), float_of(uint32_t(b)), float_of(uint32_t(c)))));
       } else if (t == Type::F64) {
-        to.set(l, std::bit_cast<uint64_t>(std::fma(std::bit_cast<double>(a), std::bit_cast<double>(b), std::bit_cast<double>(c))));
+        to.set(l, std::bit_cast<uint64_t>(
+                      std::fma(std::bit_cast<double>(a), std::bit_cast<double>(b), std::bit_cast<double>(c))));
       } else {
         uint32_t result = 0;
         for (int half = 0; half < (bytes_of(t) == 4 ? 2 : 1); ++half) {
@@ -257,9 +326,15 @@ void Machine::arithmetic(Warp& w, Instruction const& i, uint32_t mask) {
     uint64_t const a = lane(w, arg(1), l), b = unary ? 0 : lane(w, arg(2), l);
     uint64_t r;
     switch (bytes_of(t)) {
-      case 2: r = integer_op<uint16_t, int16_t>(i.op, is_signed(t), uint16_t(a), uint16_t(b)); break;
-      case 4: r = integer_op<uint32_t, int32_t>(i.op, is_signed(t), uint32_t(a), uint32_t(b)); break;
-      default: r = integer_op<uint64_t, int64_t>(i.op, is_signed(t), a, b); break;
+      case 2:
+        r = integer_op<uint16_t, int16_t>(i.op, is_signed(t), uint16_t(a), uint16_t(b));
+        break;
+      case 4:
+        r = integer_op<uint32_t, int32_t>(i.op, is_signed(t), uint32_t(a), uint32_t(b));
+        break;
+      default:
+        r = integer_op<uint64_t, int64_t>(i.op, is_signed(t), a, b);
+        break;
     }
     to.set(l, r);
   }
@@ -276,15 +351,23 @@ void Machine::convert(Warp& w, Instruction const& i, uint32_t mask) {
       uint64_t const b = lane(w, i.args[2], l);  // the first source is the upper half
       to.set(l, uint32_t(narrow(d, float_of(uint32_t(a)))) << 16 | narrow(d, float_of(uint32_t(b))));
     } else if (d == Type::F16 || d == Type::BF16) {
-      float const x = s == Type::F32 ? float_of(uint32_t(a)) : is_float(s) ? widen(s, uint16_t(a))
-                      : is_signed(s) ? float(int64_t(extended(s, a))) : float(extended(s, a));
+      float const x = s == Type::F32 ? float_of(uint32_t(a))
+                      : is_float(s)  ? widen(s, uint16_t(a))
+                      : is_signed(s) ? float(int64_t(extended(s, a)))
+                                     : float(extended(s, a));
       to.set(l, narrow(d, x));
     } else if (d == Type::F32) {
-      float const x = s == Type::F32 ? float_of(uint32_t(a)) : s == Type::F16 || s == Type::BF16 ? widen(s, uint16_t(a))
-                      : is_signed(s) ? float(int64_t(extended(s, a))) : float(extended(s, a));
+      float const x = s == Type::F32                      ? float_of(uint32_t(a))
+                      : s == Type::F16 || s == Type::BF16 ? widen(s, uint16_t(a))
+                      : is_signed(s)                      ? float(int64_t(extended(s, a)))
+                                                          : float(extended(s, a));
       float r = x;
-      if (s == Type::F32) r = i.has("rni") ? std::nearbyint(x) : i.has("rmi") ? std::floor(x) : i.has("rpi") ? std::ceil(x)
-                              : i.has("rzi") ? std::trunc(x) : x;
+      if (s == Type::F32)
+        r = i.has("rni")   ? std::nearbyint(x)
+            : i.has("rmi") ? std::floor(x)
+            : i.has("rpi") ? std::ceil(x)
+            : i.has("rzi") ? std::trunc(x)
+                           : x;
       to.set(l, bits_of(r));
     } else if (s == Type::F32) {  // to an integer, saturating
       double x = float_of(uint32_t(a));
@@ -293,8 +376,10 @@ void Machine::convert(Warp& w, Instruction const& i, uint32_t mask) {
       int const bits = bytes_of(d) * 8;
       double const low = is_signed(d) ? -std::ldexp(1.0, bits - 1) : 0.0;
       double const high = is_signed(d) ? std::ldexp(1.0, bits - 1) - 1 : std::ldexp(1.0, bits) - 1;
-      if (bits == 64 && x >= high) to.set(l, is_signed(d) ? uint64_t(INT64_MAX) : ~0ull);
-      else to.set(l, is_signed(d) ? uint64_t(int64_t(std::clamp(x, low, high))) : uint64_t(std::clamp(x, low, high)));
+      if (bits == 64 && x >= high)
+        to.set(l, is_signed(d) ? uint64_t(INT64_MAX) : ~0ull);
+      else
+        to.set(l, is_signed(d) ? uint64_t(int64_t(std::clamp(x, low, high))) : uint64_t(std::clamp(x, low, high)));
     } else if (is_float(s) || is_float(d)) {
       throw Error("conversion");
     } else {
@@ -321,7 +406,8 @@ void Machine::load(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     } else {
       uint64_t const begin = uint64_t(launch_.params.data());
       bool const param = at >= begin && at + bytes * count <= begin + launch_.params.size();
-      if (!param && !memory_.allowed(at, uint64_t(bytes) * count, false)) fail(w, pc, "reads global memory out of bounds");
+      if (!param && !memory_.allowed(at, uint64_t(bytes) * count, false))
+        fail(w, pc, "reads global memory out of bounds");
       if (at % (bytes * count)) fail(w, pc, "misaligned read of global memory");
       read_global(*w.cta, at, global, uint32_t(bytes * count));
       from = global;
@@ -372,12 +458,19 @@ void Machine::atomic(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     if (w.cta->stores.find(at)) w.cta->stores.drain_all();
     uint64_t old = 0, made;
     std::memcpy(&old, reinterpret_cast<void const*>(at), bytes_of(t));
-    if (i.has("add")) made = old + operand;
-    else if (i.has("exch")) made = operand;
-    else if (i.has("or")) made = old | operand;
-    else if (i.has("max")) made = is_signed(t) ? uint64_t(std::max(int32_t(old), int32_t(operand))) : std::max(old, operand);
-    else if (i.has("cas")) made = old == operand ? lane(w, i.args[3], l) : old;
-    else { fail(w, pc, "atomic operation"); }
+    if (i.has("add"))
+      made = old + operand;
+    else if (i.has("exch"))
+      made = operand;
+    else if (i.has("or"))
+      made = old | operand;
+    else if (i.has("max"))
+      made = is_signed(t) ? uint64_t(std::max(int32_t(old), int32_t(operand))) : std::max(old, operand);
+    else if (i.has("cas"))
+      made = old == operand ? lane(w, i.args[3], l) : old;
+    else {
+      fail(w, pc, "atomic operation");
+    }
     std::memcpy(reinterpret_cast<void*>(at), &made, bytes_of(t));
     if (!red) Lanes{w, i.args[0]}.set(l, old);
   }
@@ -398,10 +491,18 @@ void Machine::shuffle(Warp& w, Instruction const& i, uint32_t mask) {
     int from;
     bool inside;
     switch (i.mode) {
-      case 1: from = l - int(b & 31), inside = from >= highest; break;
-      case 2: from = l + int(b & 31), inside = from <= highest; break;
-      case 3: from = l ^ int(b & 31), inside = from <= highest; break;
-      default: from = lowest | int(b & 31 & ~segment), inside = from <= highest; break;
+      case 1:
+        from = l - int(b & 31), inside = from >= highest;
+        break;
+      case 2:
+        from = l + int(b & 31), inside = from <= highest;
+        break;
+      case 3:
+        from = l ^ int(b & 31), inside = from <= highest;
+        break;
+      default:
+        from = lowest | int(b & 31 & ~segment), inside = from <= highest;
+        break;
     }
     if (!inside) from = l;
     if (inside) valid |= 1u << l;
@@ -415,12 +516,15 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
   int const pc = g.pc;
   auto whole = [&] { return aligned_mask(w, g, ~0u); };
   switch (i.op) {
-    case Op::Nop: return Next::Continue;
+    case Op::Nop:
+      return Next::Continue;
     case Op::Fence:
       cta.stores.drain_all();
       return Next::Continue;
-    case Op::Trap: fail(w, pc, "trap");
-    case Op::Nanosleep: return Next::Yield;
+    case Op::Trap:
+      fail(w, pc, "trap");
+    case Op::Nanosleep:
+      return Next::Yield;
     case Op::Mov: {
       Type const t = i.types[0];
       Operand const &to = i.args[0], &from = i.args[1];
@@ -430,13 +534,15 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
         int const bits = bytes_of(t) * 8 / int(to.parts.size());
         EACH_LANE(l) {
           uint64_t const v = lane(w, from, l);
-          for (size_t n = 0; n < to.parts.size(); ++n) Lanes{w, to.parts[n]}.set(l, v >> bits * n & (~0ull >> (64 - bits)));
+          for (size_t n = 0; n < to.parts.size(); ++n)
+            Lanes{w, to.parts[n]}.set(l, v >> bits * n & (~0ull >> (64 - bits)));
         }
       } else if (from.kind == Operand::Vector) {  // pack
         int const bits = bytes_of(t) * 8 / int(from.parts.size());
         EACH_LANE(l) {
           uint64_t v = 0;
-          for (size_t n = 0; n < from.parts.size(); ++n) v |= (lane(w, from.parts[n], l) & (~0ull >> (64 - bits))) << bits * n;
+          for (size_t n = 0; n < from.parts.size(); ++n)
+            v |= (lane(w, from.parts[n], l) & (~0ull >> (64 - bits))) << bits * n;
           Lanes{w, to}.set(l, v);
         }
       } else {
@@ -457,24 +563,33 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       EACH_LANE(l) {
         uint64_t const a = lane(w, i.args[n], l), b = lane(w, i.args[n + 1], l);
         bool r;
-        if (t == Type::F32) r = compare(i.mode, float_of(uint32_t(a)), float_of(uint32_t(b)));
-        else if (is_float(t)) r = compare(i.mode, widen(t, uint16_t(a)), widen(t, uint16_t(b)));
-        else if (is_signed(t)) r = compare_integers(i.mode, int64_t(extended(t, a)), int64_t(extended(t, b)));
-        else r = compare_integers(i.mode, extended(t, a), extended(t, b));
+        if (t == Type::F32)
+          r = compare(i.mode, float_of(uint32_t(a)), float_of(uint32_t(b)));
+        else if (is_float(t))
+          r = compare(i.mode, widen(t, uint16_t(a)), widen(t, uint16_t(b)));
+        else if (is_signed(t))
+          r = compare_integers(i.mode, int64_t(extended(t, a)), int64_t(extended(t, b)));
+        else
+          r = compare_integers(i.mode, extended(t, a), extended(t, b));
         bits |= uint32_t(r) << l;
       }
       uint32_t other = ~bits;
       if (i.args.size() > n + 2) {
         uint32_t const c = pred(w, i.args[n + 2]);
-        if (i.has("and")) bits &= c, other &= c;
-        else if (i.has("or")) bits |= c, other |= c;
-        else bits ^= c, other ^= c;
+        if (i.has("and"))
+          bits &= c, other &= c;
+        else if (i.has("or"))
+          bits |= c, other |= c;
+        else
+          bits ^= c, other ^= c;
       }
       set_pred(w, i.args[0], bits, mask);
       if (two) set_pred(w, i.args[1], other, mask);
       return Next::Continue;
     }
-    case Op::Cvt: convert(w, i, mask); return Next::Continue;
+    case Op::Cvt:
+      convert(w, i, mask);
+      return Next::Continue;
     case Op::Cvta: {
       bool const shared = i.has("shared") || i.has("shared::cta"), to_space = i.has("to");
       EACH_LANE(l) {
@@ -484,11 +599,20 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       }
       return Next::Continue;
     }
-    case Op::Ld: load(w, pc, i, mask); return i.has("volatile") || i.has("relaxed") || i.has("acquire") ? (random_() % 4 ? Next::Continue : Next::Yield) : Next::Continue;
-    case Op::St: store(w, pc, i, mask); return Next::Continue;
-    case Op::Atom: atomic(w, pc, i, mask); return Next::Continue;
+    case Op::Ld:
+      load(w, pc, i, mask);
+      return i.has("volatile") || i.has("relaxed") || i.has("acquire") ? (random_() % 4 ? Next::Continue : Next::Yield)
+                                                                       : Next::Continue;
+    case Op::St:
+      store(w, pc, i, mask);
+      return Next::Continue;
+    case Op::Atom:
+      atomic(w, pc, i, mask);
+      return Next::Continue;
     case Op::Prmt:
-      EACH_LANE(l) Lanes{w, i.args[0]}.set(l, permute(uint32_t(lane(w, i.args[1], l)), uint32_t(lane(w, i.args[2], l)), uint32_t(lane(w, i.args[3], l))));
+      EACH_LANE(l)
+      Lanes{w, i.args[0]}.set(l, permute(uint32_t(lane(w, i.args[1], l)), uint32_t(lane(w, i.args[2], l)),
+                                         uint32_t(lane(w, i.args[3], l))));
       return Next::Continue;
     case Op::Bfi:
       EACH_LANE(l) {
@@ -500,7 +624,8 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       return Next::Continue;
     case Op::Bfe:
       EACH_LANE(l) {
-        uint64_t const a = lane(w, i.args[1], l), at = lane(w, i.args[2], l) & 255, length = lane(w, i.args[3], l) & 255;
+        uint64_t const a = lane(w, i.args[1], l), at = lane(w, i.args[2], l) & 255,
+                       length = lane(w, i.args[3], l) & 255;
         if (is_signed(i.types[0])) throw Error("signed bfe");
         Lanes{w, i.args[0]}.set(l, at > 63 ? 0 : (a >> at) & (length >= 64 ? ~0ull : (1ull << length) - 1));
       }
@@ -525,10 +650,13 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
         Lanes{w, i.args[0]}.set(l, a ? __builtin_clz(a) : 32);
       }
       return Next::Continue;
-    case Op::Popc: EACH_LANE(l) Lanes{w, i.args[0]}.set(l, std::popcount(lane(w, i.args[1], l))); return Next::Continue;
+    case Op::Popc:
+      EACH_LANE(l) Lanes{w, i.args[0]}.set(l, std::popcount(lane(w, i.args[1], l)));
+      return Next::Continue;
     case Op::Lop3:
       EACH_LANE(l) {
-        uint32_t const a = uint32_t(lane(w, i.args[1], l)), b = uint32_t(lane(w, i.args[2], l)), c = uint32_t(lane(w, i.args[3], l));
+        uint32_t const a = uint32_t(lane(w, i.args[1], l)), b = uint32_t(lane(w, i.args[2], l)),
+                       c = uint32_t(lane(w, i.args[3], l));
         uint32_t const table = uint32_t(i.args[4].value);
         uint32_t r = 0;
         for (int n = 0; n < 8; ++n) {
@@ -551,9 +679,12 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       return Next::Continue;
     case Op::Vote: {
       if (!aligned_mask(w, g, uint32_t(lane(w, i.args[2], first(mask))))) return Next::Blocked;
-      uint32_t const members = uint32_t(lane(w, i.args[2], first(mask))) & w.alive(), bits = pred(w, i.args[1]) & members;
-      if (i.has("ballot")) EACH_LANE(l) Lanes{w, i.args[0]}.set(l, bits);
-      else set_pred(w, i.args[0], (i.has("any") ? bits != 0 : bits == members) ? ~0u : 0u, mask);
+      uint32_t const members = uint32_t(lane(w, i.args[2], first(mask))) & w.alive(),
+                     bits = pred(w, i.args[1]) & members;
+      if (i.has("ballot"))
+        EACH_LANE(l) Lanes{w, i.args[0]}.set(l, bits);
+      else
+        set_pred(w, i.args[0], (i.has("any") ? bits != 0 : bits == members) ? ~0u : 0u, mask);
       return Next::Continue;
     }
     case Op::Redux: {
@@ -563,7 +694,12 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       uint32_t total = v[first(members)];
       for (int l = first(members) + 1; l < kLanes; ++l) {
         if (!(members >> l & 1)) continue;
-        Op const op = i.has("add") ? Op::Add : i.has("max") ? Op::Max : i.has("min") ? Op::Min : i.has("and") ? Op::And : i.has("or") ? Op::Or : Op::Xor;
+        Op const op = i.has("add")   ? Op::Add
+                      : i.has("max") ? Op::Max
+                      : i.has("min") ? Op::Min
+                      : i.has("and") ? Op::And
+                      : i.has("or")  ? Op::Or
+                                     : Op::Xor;
         total = integer_op<uint32_t, int32_t>(op, is_signed(i.types[0]), total, v[l]);
       }
       EACH_LANE(l) Lanes{w, i.args[0]}.set(l, total);
@@ -582,7 +718,9 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       if (!whole()) return Next::Blocked;
       size_t const n = i.mode == 2 ? 1 : 0;
       uint32_t const id = uint32_t(lane(w, i.args[n], 0));
-      uint32_t const threads = i.args.size() > n + 1 && i.args[n + 1].kind != Operand::RegPred ? uint32_t(lane(w, i.args[n + 1], 0)) : launch_.block;
+      uint32_t const threads = i.args.size() > n + 1 && i.args[n + 1].kind != Operand::RegPred
+                                   ? uint32_t(lane(w, i.args[n + 1], 0))
+                                   : launch_.block;
       if (id >= 16) fail(w, pc, "named barrier");
       NamedBarrier& b = cta.named[id];
       if (!g.arrived) {
@@ -653,25 +791,66 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       w.knowledge.fenced.join(w.knowledge.seen);
       ++w.clock();
       return Next::Continue;
-    case Op::CpAsync: case Op::CpAsyncArrive: issue_copy(w, pc, i, mask); return Next::Continue;
-    case Op::CpAsyncCommit: return Next::Continue;
+    case Op::CpAsync:
+    case Op::CpAsyncArrive:
+      issue_copy(w, pc, i, mask);
+      return Next::Continue;
+    case Op::CpAsyncCommit:
+      return Next::Continue;
     case Op::CpAsyncWait:
       if (!i.has("wait_all") && i.args[0].value != 0) fail(w, pc, "waits for some copies");
       while (!w.copies.empty()) finish_copy(w);
       return Next::Continue;
-    case Op::CpAsyncBulk: issue_tensor_copy(w, pc, i, mask); return random_() % 2 ? Next::Continue : Next::Yield;
-    case Op::Ldmatrix: if (!whole()) return Next::Blocked; load_matrix(w, pc, i, mask); return Next::Continue;
-    case Op::Stmatrix: if (!whole()) return Next::Blocked; store_matrix(w, pc, i, mask); return Next::Continue;
-    case Op::WgmmaFence: return whole() ? Next::Continue : Next::Blocked;
-    case Op::WgmmaMma: if (!whole()) return Next::Blocked; wgmma(w, pc, i); return Next::Continue;
-    case Op::WgmmaCommit: if (!whole()) return Next::Blocked; w.wgmma.emplace_back(); return Next::Continue;
-    case Op::WgmmaWait: if (!whole()) return Next::Blocked; wgmma_wait(w, pc, i); return random_() % 2 ? Next::Continue : Next::Yield;
-    case Op::Abs: case Op::Add: case Op::And: case Op::Div: case Op::Ex2: case Op::Fma: case Op::Lg2: case Op::Mad: case Op::Max:
-    case Op::Min: case Op::Mul: case Op::Neg: case Op::Not: case Op::Or: case Op::Rcp: case Op::Rem: case Op::Shl: case Op::Shr:
-    case Op::Sqrt: case Op::Sub: case Op::Xor:
+    case Op::CpAsyncBulk:
+      issue_tensor_copy(w, pc, i, mask);
+      return random_() % 2 ? Next::Continue : Next::Yield;
+    case Op::Ldmatrix:
+      if (!whole()) return Next::Blocked;
+      load_matrix(w, pc, i, mask);
+      return Next::Continue;
+    case Op::Stmatrix:
+      if (!whole()) return Next::Blocked;
+      store_matrix(w, pc, i, mask);
+      return Next::Continue;
+    case Op::WgmmaFence:
+      return whole() ? Next::Continue : Next::Blocked;
+    case Op::WgmmaMma:
+      if (!whole()) return Next::Blocked;
+      wgmma(w, pc, i);
+      return Next::Continue;
+    case Op::WgmmaCommit:
+      if (!whole()) return Next::Blocked;
+      w.wgmma.emplace_back();
+      return Next::Continue;
+    case Op::WgmmaWait:
+      if (!whole()) return Next::Blocked;
+      wgmma_wait(w, pc, i);
+      return random_() % 2 ? Next::Continue : Next::Yield;
+    case Op::Abs:
+    case Op::Add:
+    case Op::And:
+    case Op::Div:
+    case Op::Ex2:
+    case Op::Fma:
+    case Op::Lg2:
+    case Op::Mad:
+    case Op::Max:
+    case Op::Min:
+    case Op::Mul:
+    case Op::Neg:
+    case Op::Not:
+    case Op::Or:
+    case Op::Rcp:
+    case Op::Rem:
+    case Op::Shl:
+    case Op::Shr:
+    case Op::Sqrt:
+    case Op::Sub:
+    case Op::Xor:
       arithmetic(w, i, mask);
       return Next::Continue;
-    default: fail(w, pc, "instruction");
+    default:
+      fail(w, pc, "instruction");
   }
 }
 
@@ -687,7 +866,8 @@ void Machine::issue_copy(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     copy.global[l] = address(w, i.args[1], l);
     copy.source_bytes[l] = i.args.size() > 3 ? uint32_t(lane(w, i.args[3], l)) : copy.bytes;
     bounds(w, pc, copy.shared[l], copy.bytes, copy.bytes);
-    if (copy.source_bytes[l] && !memory_.allowed(copy.global[l], copy.source_bytes[l], false)) fail(w, pc, "cp.async reads out of bounds");
+    if (copy.source_bytes[l] && !memory_.allowed(copy.global[l], copy.source_bytes[l], false))
+      fail(w, pc, "cp.async reads out of bounds");
     if (copy.global[l] % copy.bytes) fail(w, pc, "cp.async reads a misaligned address");
   }
   w.copies.push_back(copy);

@@ -18,6 +18,7 @@ class Interpreted:
 
     def __init__(self, module: ModuleType, *, seed: int = 0, sms: int = 4, check_races: bool = True) -> None:
         self.module, self.seed, self.sms, self.check_races = module, seed, sms, check_races
+        self.changes: dict[str, Any] = {}  # to the kernel's parameters: what only the upstream adapters set
         self.workspaces: dict[tuple[int, int], Tensor] = {}
 
     def workspace(self, num_ctas: int, row_tile: int) -> Tensor:
@@ -35,7 +36,7 @@ class Interpreted:
         cache_seqlens: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int, softmax_scale: float, causal: bool,
         out: Tensor, lse: Tensor | None, num_ctas: int, p_parts: int, ckv_scale: Tensor | None = None,
         kpe_scale: Tensor | None = None, ckv_scale_value: float = 1.0, kpe_scale_value: float = 1.0,
-        cache_batch_idx: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None, ckv_scale_arr: Tensor | None = None,
     ) -> None:  # fmt: skip
         batch, heads, ragged = cache_seqlens.numel(), q_nope.shape[-2], cu_seqlens_q is not None
         if batch == 0 or q_nope.numel() == 0:
@@ -45,6 +46,8 @@ class Interpreted:
             x if _aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_nope, q_rope)
         )
         e4m3 = ckv.dtype == torch.float8_e4m3fn
+        rope16 = e4m3 and kpe.dtype != torch.float8_e4m3fn
+        cache_format = 3 if rope16 else 2 if ckv_scale_arr is not None else int(e4m3)  # CacheFormat
         row_tile = self.module.row_tile_for(q_len * heads, e4m3)
         ctas = min(num_ctas or self.sms, self.sms)
         parts = p_parts or self.module.default_p_parts(e4m3, row_tile, self.sms)
@@ -72,8 +75,11 @@ class Interpreted:
         fields |= {
             "q_nope": q_nope, "q_rope": q_rope, "ckv": ckv, "kpe": kpe, "page_table": page_table, "out": out,
             "lse": lse, "cache_seqlens": cache_seqlens, "cu_seqlens_q": cu_seqlens_q,
-            "cache_batch_idx": cache_batch_idx,
+            "cache_batch_idx": cache_batch_idx, "group_scale": ckv_scale_arr,
+            "group_scale_page_stride": 0 if ckv_scale_arr is None else ckv_scale_arr.stride(0),
+            "group_scale_row_stride": 0 if ckv_scale_arr is None else ckv_scale_arr.stride(1),
         }  # fmt: skip
+        fields |= self.changes
         memory = []
         for name, value in fields.items():
             if isinstance(value, Tensor):
@@ -81,7 +87,7 @@ class Interpreted:
                 fields[name] = value.data_ptr()
         self.seed += 1
         self.module.mla_decode(
-            fields, q_nope.dtype == torch.float16, e4m3, row_tile, parts, ctas,
+            fields, q_nope.dtype == torch.float16, cache_format, row_tile, parts, ctas,
             self.workspace(ctas, row_tile).data_ptr(), _joined(memory), self.seed, self.check_races,
         )  # fmt: skip
 

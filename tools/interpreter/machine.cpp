@@ -32,20 +32,34 @@ Machine::Machine(Launch const& launch, Memory const& memory, Options const& opti
         for (int lane = 0; lane < kLanes; ++lane) {
           uint64_t value = 0;
           auto const& s = special.name;
-          if (s == "%tid.x") value = n * kLanes + lane;
-          else if (s == "%ntid.x") value = launch.block;
-          else if (s == "%ctaid.x") value = c;
-          else if (s == "%nctaid.x") value = launch.grid;
-          else if (s == "%laneid") value = lane;
-          else if (s == "%tid.y" || s == "%tid.z" || s == "%ctaid.y" || s == "%ctaid.z") value = 0;
-          else if (s == "%cluster_ctarank" || s == "%cluster_ctaid.x") value = 0;
-          else if (s == "%nctaid.y" || s == "%nctaid.z" || s == "%ntid.y" || s == "%ntid.z") value = 1;
-          else if (s == "%clock" || s == "%clock64" || s == "%globaltimer") value = 0;
-          else if (s == "%smid") value = c;
-          else if (s.rfind("%param+", 0) == 0) value = uint64_t(launch.params.data()) + std::stoull(s.substr(7));
-          else throw Error("special register " + s);
-          if (special.is_64) w.reg64[size_t(special.reg) * kLanes + lane] = value;
-          else w.reg32[size_t(special.reg) * kLanes + lane] = uint32_t(value);
+          if (s == "%tid.x")
+            value = n * kLanes + lane;
+          else if (s == "%ntid.x")
+            value = launch.block;
+          else if (s == "%ctaid.x")
+            value = c;
+          else if (s == "%nctaid.x")
+            value = launch.grid;
+          else if (s == "%laneid")
+            value = lane;
+          else if (s == "%tid.y" || s == "%tid.z" || s == "%ctaid.y" || s == "%ctaid.z")
+            value = 0;
+          else if (s == "%cluster_ctarank" || s == "%cluster_ctaid.x")
+            value = 0;
+          else if (s == "%nctaid.y" || s == "%nctaid.z" || s == "%ntid.y" || s == "%ntid.z")
+            value = 1;
+          else if (s == "%clock" || s == "%clock64" || s == "%globaltimer")
+            value = 0;
+          else if (s == "%smid")
+            value = c;
+          else if (s.rfind("%param+", 0) == 0)
+            value = uint64_t(launch.params.data()) + std::stoull(s.substr(7));
+          else
+            throw Error("special register " + s);
+          if (special.is_64)
+            w.reg64[size_t(special.reg) * kLanes + lane] = value;
+          else
+            w.reg32[size_t(special.reg) * kLanes + lane] = uint32_t(value);
         }
       }
     }
@@ -116,15 +130,15 @@ std::string Machine::state() const {
     for (auto const& g : w->groups) {
       if (++lines > 60) return out.str() + "...";
       out << "  CTA " << w->cta->index << " warp " << w->index << " mask " << std::hex << g.mask << std::dec << " at "
-          << where(g.pc) << (g.block ? " (blocked: " + std::to_string(g.where) + ", " + std::to_string(g.until) + ")" : "")
-          << "\n";
+          << where(g.pc)
+          << (g.block ? " (blocked: " + std::to_string(g.where) + ", " + std::to_string(g.until) + ")" : "") << "\n";
     }
   }
   for (auto const& cta : ctas_) {
     std::map<uint32_t, Mbarrier> const sorted(cta.barriers.begin(), cta.barriers.end());
     for (auto const& [at, b] : sorted) {
-      out << "  CTA " << cta.index << " mbarrier " << at << ": phase " << b.phase << ", " << b.pending << " of " << b.expected
-          << " arrivals to come, " << b.bytes << " bytes\n";
+      out << "  CTA " << cta.index << " mbarrier " << at << ": phase " << b.phase << ", " << b.pending << " of "
+          << b.expected << " arrivals to come, " << b.bytes << " bytes\n";
     }
   }
   return out.str();
@@ -132,8 +146,10 @@ std::string Machine::state() const {
 
 bool Machine::runnable(Warp& w, Group& g) {
   switch (g.block) {
-    case Group::None: return true;
-    case Group::Converge: return false;
+    case Group::None:
+      return true;
+    case Group::Converge:
+      return false;
     case Group::Named:
       if (w.cta->named[g.where].generation == g.until) return false;
       break;
@@ -340,17 +356,18 @@ void Machine::finish_tensor_copy(Cta& cta, size_t index) {
       Word& s = cta.words[word];
       for (int n = 0; n < int(cta.warps.size()); ++n) {
         if (s.read[n] > copy.issued.seen.of[n]) {
-          fail(w, copy.pc, "race: a tensor copy overwrites shared memory at " + std::to_string(word * 4) +
-                               " that warp " + std::to_string(n) + " has read without telling the copy's issuer, last at " +
-                               where(s.pc));
+          fail(w, copy.pc,
+               "race: a tensor copy overwrites shared memory at " + std::to_string(word * 4) + " that warp " +
+                   std::to_string(n) + " has read without telling the copy's issuer, last at " + where(s.pc));
         }
       }
       if (s.writer != ~0u) {
         Clock const& ordered = s.writer == kAsync ? copy.issued.seen : copy.issued.fenced;
         if (s.written > ordered.of[s.writer]) {
-          fail(w, copy.pc, "race: a tensor copy overwrites shared memory at " + std::to_string(word * 4) +
-                               " without an order, or a proxy fence, after the write of " +
-                               (s.writer == kAsync ? "another copy" : "warp " + std::to_string(s.writer)));
+          fail(w, copy.pc,
+               "race: a tensor copy overwrites shared memory at " + std::to_string(word * 4) +
+                   " without an order, or a proxy fence, after the write of " +
+                   (s.writer == kAsync ? "another copy" : "warp " + std::to_string(s.writer)));
         }
       }
       s.writer = kAsync;
@@ -375,7 +392,8 @@ void Machine::finish_tensor_copy(Cta& cta, size_t index) {
       int64_t const column = at[0] + byte / m.element_bytes;
       bool const there = inside && column >= 0 && uint64_t(column) < m.dims[0];
       uint64_t const source = from + uint64_t(at[0]) * m.element_bytes + byte;
-      if (there && byte % 16 == 0 && !memory_.allowed(source, 16, false)) fail(w, copy.pc, "tensor copy reads out of bounds");
+      if (there && byte % 16 == 0 && !memory_.allowed(source, 16, false))
+        fail(w, copy.pc, "tensor copy reads out of bounds");
       cta.shared[to] = there ? *reinterpret_cast<uint8_t const*>(source) : 0;
     }
   }
@@ -396,7 +414,8 @@ void Machine::read_global(Cta const& cta, uint64_t from, void* to, uint32_t byte
     uint32_t const* const found = cta.stores.find(word);
     if (!found) continue;
     uint64_t const begin = std::max(word, from), end = std::min(word + 4, from + bytes);
-    std::memcpy(static_cast<uint8_t*>(to) + (begin - from), reinterpret_cast<uint8_t const*>(found) + (begin - word), end - begin);
+    std::memcpy(static_cast<uint8_t*>(to) + (begin - from), reinterpret_cast<uint8_t const*>(found) + (begin - word),
+                end - begin);
   }
 }
 
@@ -405,7 +424,8 @@ void Machine::write_global(Cta& cta, uint64_t to, void const* from, uint32_t byt
     uint64_t const begin = std::max(word, to), end = std::min(word + 4, to + bytes);
     uint32_t value;
     read_global(cta, word, &value, 4);
-    std::memcpy(reinterpret_cast<uint8_t*>(&value) + (begin - word), static_cast<uint8_t const*>(from) + (begin - to), end - begin);
+    std::memcpy(reinterpret_cast<uint8_t*>(&value) + (begin - word), static_cast<uint8_t const*>(from) + (begin - to),
+                end - begin);
     if (end - begin == 4) {
       cta.stores.put(word, value);
     } else {  // narrower stores are seen at once
@@ -418,7 +438,9 @@ void Machine::write_global(Cta& cta, uint64_t to, void const* from, uint32_t byt
 // ---- shared memory
 void Machine::bounds(Warp const& w, int pc, uint32_t address, uint64_t bytes, uint32_t alignment) const {
   if (address % alignment || address + bytes > launch_.shared_bytes) {
-    fail(w, pc, "shared memory at " + std::to_string(address) + ", " + std::to_string(bytes) + " bytes: misaligned or out of bounds");
+    fail(w, pc,
+         "shared memory at " + std::to_string(address) + ", " + std::to_string(bytes) +
+             " bytes: misaligned or out of bounds");
   }
 }
 
@@ -428,13 +450,15 @@ void Machine::check_read(Warp& w, int pc, uint32_t address, uint32_t bytes, bool
     Word& s = w.cta->words[word];
     if (s.writer != ~0u) {
       if (s.written > w.knowledge.seen.of[s.writer]) {
-        fail(w, pc, "race: reads shared memory at " + std::to_string(word * 4) + " that " +
-                        (s.writer == kAsync ? std::string("a tensor copy") : "warp " + std::to_string(s.writer)) +
-                        " wrote, with no order between them");
+        fail(w, pc,
+             "race: reads shared memory at " + std::to_string(word * 4) + " that " +
+                 (s.writer == kAsync ? std::string("a tensor copy") : "warp " + std::to_string(s.writer)) +
+                 " wrote, with no order between them");
       }
       if (async_proxy && s.writer != kAsync && s.written > w.knowledge.fenced.of[s.writer]) {
-        fail(w, pc, "no proxy fence between the write of shared memory at " + std::to_string(word * 4) + " by warp " +
-                        std::to_string(s.writer) + " and its read by the async proxy");
+        fail(w, pc,
+             "no proxy fence between the write of shared memory at " + std::to_string(word * 4) + " by warp " +
+                 std::to_string(s.writer) + " and its read by the async proxy");
       }
     }
     s.read[w.index] = w.clock();
@@ -448,14 +472,16 @@ void Machine::check_write(Warp& w, int pc, uint32_t address, uint32_t bytes) {
     Word& s = w.cta->words[word];
     for (int n = 0; n < int(w.cta->warps.size()); ++n) {
       if (n != w.index && s.read[n] > w.knowledge.seen.of[n]) {
-        fail(w, pc, "race: overwrites shared memory at " + std::to_string(word * 4) + " that warp " + std::to_string(n) +
-                        " reads, with no order between them");
+        fail(w, pc,
+             "race: overwrites shared memory at " + std::to_string(word * 4) + " that warp " + std::to_string(n) +
+                 " reads, with no order between them");
       }
     }
     if (s.writer != ~0u && s.writer != uint32_t(w.index) && s.written > w.knowledge.seen.of[s.writer]) {
-      fail(w, pc, "race: overwrites shared memory at " + std::to_string(word * 4) + " that " +
-                      (s.writer == kAsync ? std::string("a tensor copy") : "warp " + std::to_string(s.writer)) +
-                      " wrote, with no order between them");
+      fail(w, pc,
+           "race: overwrites shared memory at " + std::to_string(word * 4) + " that " +
+               (s.writer == kAsync ? std::string("a tensor copy") : "warp " + std::to_string(s.writer)) +
+               " wrote, with no order between them");
     }
     s.writer = uint32_t(w.index);
     s.written = w.clock();

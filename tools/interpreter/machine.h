@@ -20,7 +20,7 @@
 namespace ptx {
 
 constexpr int kMaxWarps = 16;
-constexpr int kAsync = kMaxWarps;  // the clock of the async proxy's copies
+constexpr int kAsync = kMaxWarps;                          // the clock of the async proxy's copies
 constexpr uint64_t kSharedWindow = 0x7ffe000000000000ull;  // generic addresses of shared memory
 
 struct Clock {
@@ -155,8 +155,10 @@ class StoreBuffer {
  public:
   void put(uint64_t address, uint32_t value) {
     auto const [it, fresh] = where_.try_emplace(address, words_.size());
-    if (fresh) words_.emplace_back(address, value);
-    else words_[it->second].second = value;
+    if (fresh)
+      words_.emplace_back(address, value);
+    else
+      words_[it->second].second = value;
   }
   uint32_t const* find(uint64_t address) const {
     auto const it = where_.find(address);

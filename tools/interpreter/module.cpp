@@ -69,7 +69,8 @@ void** __cudaRegisterFatBinary(void* wrapper) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void** module, char const* host, char*, char const* name, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void** module, char const* host, char*, char const* name, int, void*, void*, void*, void*,
+                            int*) {
   auto const* found = reinterpret_cast<ptx::Module const*>(module);
   for (auto const& kernel : found->kernels) {
     if (kernel.name == name) Runtime::instance().kernels[host] = {found, &kernel};
@@ -87,12 +88,15 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, void const* host) {
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(void const*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = Runtime::instance().sms, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = Runtime::instance().sms, cudaSuccess;
+}
 
 // As the driver does, this refuses what TMA cannot load.
-static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, cuuint64_t const* dims,
-                             cuuint64_t const* strides, cuuint32_t const* box, cuuint32_t const* steps, CUtensorMapInterleave interleave,
-                             CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                             cuuint64_t const* dims, cuuint64_t const* strides, cuuint32_t const* box,
+                             cuuint32_t const* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   ptx::TensorMap made{};
   made.magic = ptx::TensorMap::kMagic;
   made.base = reinterpret_cast<uint64_t>(base);
@@ -109,7 +113,10 @@ static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint3
     }
   }
   uint32_t const inner = box[0] * made.element_bytes;
-  made.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 3 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 2 : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 1 : 0;
+  made.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 3
+                 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 2
+                 : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 1
+                                                        : 0;
   good = good && inner % 16 == 0 && (made.swizzle == 0 || inner <= 16u << made.swizzle);
   if (!good) return CUDA_ERROR_INVALID_VALUE;
   std::memset(map, 0, sizeof *map);
@@ -176,7 +183,7 @@ etap::RowStrides strides(py::handle three) {
 
 // Runs one launch. `fields`: MlaDecodeParams by name, pointers as integers. `memory`: (address, bytes, writable) of all
 // that the kernel may touch. Raises RuntimeError for whatever goes wrong in it.
-void run_mla_decode(py::dict fields, bool fp16, bool e4m3, int row_tile, int p_parts, int num_ctas, uint64_t workspace,
+void run_mla_decode(py::dict fields, bool fp16, int cache, int row_tile, int p_parts, int num_ctas, uint64_t workspace,
                     std::vector<std::tuple<uint64_t, uint64_t, bool>> const& memory, uint64_t seed, bool check_races) {
   etap::MlaDecodeParams p{};
   p.batch = fields["batch"].cast<int>();
@@ -217,6 +224,9 @@ void run_mla_decode(py::dict fields, bool fp16, bool e4m3, int row_tile, int p_p
   p.lse_stride = strides(fields["lse_stride"]);
   p.lse_unit = fields["lse_unit"].cast<float>();
   p.workspace = reinterpret_cast<void*>(workspace);
+  p.group_scale = pointer<float const>(fields["group_scale"]);
+  p.group_scale_page_stride = fields["group_scale_page_stride"].cast<int64_t>();
+  p.group_scale_row_stride = fields["group_scale_row_stride"].cast<int64_t>();
 
   auto& runtime = Runtime::instance();
   if (!runtime.error.empty()) throw std::runtime_error(runtime.error);
@@ -228,7 +238,7 @@ void run_mla_decode(py::dict fields, bool fp16, bool e4m3, int row_tile, int p_p
 
   etap::LaunchConfig config;
   config.dtype = fp16 ? etap::Dtype::kFp16 : etap::Dtype::kBf16;
-  config.cache = e4m3 ? etap::CacheFormat::kE4m3 : etap::CacheFormat::kQueryType;
+  config.cache = etap::CacheFormat(cache);
   config.row_tile = row_tile;
   config.p_parts = p_parts;
   config.num_ctas = num_ctas;
@@ -264,9 +274,8 @@ PYBIND11_MODULE(_interpreter, m) {
   m.def("row_tile_for", [=](int64_t rows, bool e4m3) { return etap::row_tile_for(rows, format(e4m3)); });
   m.def("workspace_bytes", &etap::workspace_bytes);
   m.def("header_bytes", [] { return etap::kWorkspaceHeaderBytes; });
-  m.def("default_p_parts", [=](bool e4m3, int row_tile, int sms) {
-    return etap::default_p_parts(format(e4m3), row_tile, sms);
-  });
+  m.def("default_p_parts",
+        [=](bool e4m3, int row_tile, int sms) { return etap::default_p_parts(format(e4m3), row_tile, sms); });
   m.def("texts", [] {
     std::vector<std::string> texts;
     for (auto const& module : Runtime::instance().modules) texts.push_back(module->text);

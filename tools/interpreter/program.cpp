@@ -12,10 +12,21 @@ namespace ptx {
 
 int bytes_of(Type type) {
   switch (type) {
-    case Type::U8: case Type::S8: return 1;
-    case Type::U16: case Type::S16: case Type::F16: case Type::BF16: case Type::E4M3x2: return 2;
-    case Type::U64: case Type::S64: case Type::F64: return 8;
-    default: return 4;
+    case Type::U8:
+    case Type::S8:
+      return 1;
+    case Type::U16:
+    case Type::S16:
+    case Type::F16:
+    case Type::BF16:
+    case Type::E4M3x2:
+      return 2;
+    case Type::U64:
+    case Type::S64:
+    case Type::F64:
+      return 8;
+    default:
+      return 4;
   }
 }
 
@@ -29,22 +40,70 @@ std::string Module::line(int number) const {
 namespace {
 
 std::unordered_map<std::string_view, Type> const kTypes = {
-    {"u8", Type::U8}, {"b8", Type::U8}, {"s8", Type::S8}, {"u16", Type::U16}, {"b16", Type::U16}, {"s16", Type::S16},
-    {"u32", Type::U32}, {"b32", Type::U32}, {"s32", Type::S32}, {"u64", Type::U64}, {"b64", Type::U64}, {"s64", Type::S64},
-    {"f16", Type::F16}, {"bf16", Type::BF16}, {"f32", Type::F32}, {"f64", Type::F64}, {"f16x2", Type::F16x2},
-    {"bf16x2", Type::BF16x2}, {"u16x2", Type::U16x2}, {"s16x2", Type::S16x2}, {"e4m3x2", Type::E4M3x2}, {"pred", Type::Pred}};
+    {"u8", Type::U8},         {"b8", Type::U8},         {"s8", Type::S8},       {"u16", Type::U16},
+    {"b16", Type::U16},       {"s16", Type::S16},       {"u32", Type::U32},     {"b32", Type::U32},
+    {"s32", Type::S32},       {"u64", Type::U64},       {"b64", Type::U64},     {"s64", Type::S64},
+    {"f16", Type::F16},       {"bf16", Type::BF16},     {"f32", Type::F32},     {"f64", Type::F64},
+    {"f16x2", Type::F16x2},   {"bf16x2", Type::BF16x2}, {"u16x2", Type::U16x2}, {"s16x2", Type::S16x2},
+    {"e4m3x2", Type::E4M3x2}, {"pred", Type::Pred}};
 
-std::unordered_map<std::string_view, Op> const kOps = {
-    {"abs", Op::Abs}, {"add", Op::Add}, {"and", Op::And}, {"atom", Op::Atom}, {"red", Op::Atom}, {"bfe", Op::Bfe}, {"bfi", Op::Bfi},
-    {"bfind", Op::Bfind}, {"bra", Op::Bra}, {"brev", Op::Brev}, {"clz", Op::Clz}, {"cvt", Op::Cvt}, {"cvta", Op::Cvta}, {"div", Op::Div},
-    {"elect", Op::Elect}, {"ex2", Op::Ex2}, {"exit", Op::Exit}, {"ret", Op::Exit}, {"fma", Op::Fma}, {"ld", Op::Ld}, {"ldu", Op::Ld},
-    {"ldmatrix", Op::Ldmatrix}, {"lg2", Op::Lg2}, {"lop3", Op::Lop3}, {"mad", Op::Mad}, {"max", Op::Max}, {"mbarrier", Op::Mbarrier},
-    {"min", Op::Min}, {"mov", Op::Mov}, {"mul", Op::Mul}, {"nanosleep", Op::Nanosleep}, {"neg", Op::Neg}, {"not", Op::Not},
-    {"or", Op::Or}, {"popc", Op::Popc}, {"prmt", Op::Prmt}, {"rcp", Op::Rcp}, {"redux", Op::Redux}, {"rem", Op::Rem},
-    {"selp", Op::Selp}, {"setp", Op::Setp}, {"shf", Op::Shf}, {"shfl", Op::Shfl}, {"shl", Op::Shl}, {"shr", Op::Shr},
-    {"sqrt", Op::Sqrt}, {"st", Op::St}, {"stmatrix", Op::Stmatrix}, {"sub", Op::Sub}, {"trap", Op::Trap}, {"vote", Op::Vote},
-    {"xor", Op::Xor}, {"prefetch", Op::Nop}, {"prefetchu", Op::Nop}, {"membar", Op::Fence}, {"setmaxnreg", Op::Nop},
-    {"griddepcontrol", Op::Nop}};
+std::unordered_map<std::string_view, Op> const kOps = {{"abs", Op::Abs},
+                                                       {"add", Op::Add},
+                                                       {"and", Op::And},
+                                                       {"atom", Op::Atom},
+                                                       {"red", Op::Atom},
+                                                       {"bfe", Op::Bfe},
+                                                       {"bfi", Op::Bfi},
+                                                       {"bfind", Op::Bfind},
+                                                       {"bra", Op::Bra},
+                                                       {"brev", Op::Brev},
+                                                       {"clz", Op::Clz},
+                                                       {"cvt", Op::Cvt},
+                                                       {"cvta", Op::Cvta},
+                                                       {"div", Op::Div},
+                                                       {"elect", Op::Elect},
+                                                       {"ex2", Op::Ex2},
+                                                       {"exit", Op::Exit},
+                                                       {"ret", Op::Exit},
+                                                       {"fma", Op::Fma},
+                                                       {"ld", Op::Ld},
+                                                       {"ldu", Op::Ld},
+                                                       {"ldmatrix", Op::Ldmatrix},
+                                                       {"lg2", Op::Lg2},
+                                                       {"lop3", Op::Lop3},
+                                                       {"mad", Op::Mad},
+                                                       {"max", Op::Max},
+                                                       {"mbarrier", Op::Mbarrier},
+                                                       {"min", Op::Min},
+                                                       {"mov", Op::Mov},
+                                                       {"mul", Op::Mul},
+                                                       {"nanosleep", Op::Nanosleep},
+                                                       {"neg", Op::Neg},
+                                                       {"not", Op::Not},
+                                                       {"or", Op::Or},
+                                                       {"popc", Op::Popc},
+                                                       {"prmt", Op::Prmt},
+                                                       {"rcp", Op::Rcp},
+                                                       {"redux", Op::Redux},
+                                                       {"rem", Op::Rem},
+                                                       {"selp", Op::Selp},
+                                                       {"setp", Op::Setp},
+                                                       {"shf", Op::Shf},
+                                                       {"shfl", Op::Shfl},
+                                                       {"shl", Op::Shl},
+                                                       {"shr", Op::Shr},
+                                                       {"sqrt", Op::Sqrt},
+                                                       {"st", Op::St},
+                                                       {"stmatrix", Op::Stmatrix},
+                                                       {"sub", Op::Sub},
+                                                       {"trap", Op::Trap},
+                                                       {"vote", Op::Vote},
+                                                       {"xor", Op::Xor},
+                                                       {"prefetch", Op::Nop},
+                                                       {"prefetchu", Op::Nop},
+                                                       {"membar", Op::Fence},
+                                                       {"setmaxnreg", Op::Nop},
+                                                       {"griddepcontrol", Op::Nop}};
 
 struct Register {
   Operand::Kind kind;
@@ -81,7 +140,8 @@ class Parser {
           continue;
         }
         entry();
-      } else if (starts(".version") || starts(".target") || starts(".address_size") || starts(".file") || starts(".loc")) {
+      } else if (starts(".version") || starts(".target") || starts(".address_size") || starts(".file") ||
+                 starts(".loc")) {
         at_ = text_.find('\n', at_);
         if (at_ == std::string::npos) return;
       } else if (starts(".section")) {
@@ -225,7 +285,9 @@ class Parser {
     while (std::isalnum(static_cast<unsigned char>(list[type_end]))) ++type_end;
     auto const type = kTypes.find(std::string_view(list).substr(dot + 1, type_end - dot - 1));
     if (type == kTypes.end()) fail("register type");
-    auto const kind = type->second == Type::Pred ? Operand::RegPred : bytes_of(type->second) == 8 ? Operand::Reg64 : Operand::Reg32;
+    auto const kind = type->second == Type::Pred    ? Operand::RegPred
+                      : bytes_of(type->second) == 8 ? Operand::Reg64
+                                                    : Operand::Reg32;
     std::string names = list.substr(type_end);
     size_t begin = 0;
     while (begin < names.size()) {
@@ -244,7 +306,9 @@ class Parser {
   }
 
   int allocate(Operand::Kind kind, int count) {
-    int& next = kind == Operand::RegPred ? kernel_->num_preds : kind == Operand::Reg64 ? kernel_->num_reg64 : kernel_->num_reg32;
+    int& next = kind == Operand::RegPred ? kernel_->num_preds
+                : kind == Operand::Reg64 ? kernel_->num_reg64
+                                         : kernel_->num_reg32;
     int const first = next;
     next += count;
     return first;
@@ -440,12 +504,17 @@ class Parser {
         if (!is(3, "tensor")) fail("bulk copy");
         i.op = Op::CpAsyncBulk;
       } else {
-        i.op = is(2, "mbarrier") ? Op::CpAsyncArrive : is(2, "commit_group") ? Op::CpAsyncCommit
-               : is(2, "wait_all") || is(2, "wait_group") ? Op::CpAsyncWait : Op::CpAsync;
+        i.op = is(2, "mbarrier")                          ? Op::CpAsyncArrive
+               : is(2, "commit_group")                    ? Op::CpAsyncCommit
+               : is(2, "wait_all") || is(2, "wait_group") ? Op::CpAsyncWait
+                                                          : Op::CpAsync;
         if (i.op == Op::CpAsyncArrive && !i.has("noinc")) fail("arrive that counts itself in");
       }
     } else if (w[0] == "wgmma") {
-      i.op = is(1, "fence") ? Op::WgmmaFence : is(1, "commit_group") ? Op::WgmmaCommit : is(1, "wait_group") ? Op::WgmmaWait : Op::WgmmaMma;
+      i.op = is(1, "fence")          ? Op::WgmmaFence
+             : is(1, "commit_group") ? Op::WgmmaCommit
+             : is(1, "wait_group")   ? Op::WgmmaWait
+                                     : Op::WgmmaMma;
     } else {
       auto const op = kOps.find(w[0]);
       if (op == kOps.end()) fail("instruction");
@@ -464,8 +533,8 @@ class Parser {
       }
     }
     static std::unordered_map<std::string_view, int> const kModes = {
-        {"eq", 0}, {"ne", 1}, {"lt", 2}, {"le", 3}, {"gt", 4}, {"ge", 5}, {"lo", 2}, {"ls", 3}, {"hi", 4}, {"hs", 5}, {"equ", 6},
-        {"neu", 7}, {"ltu", 8}, {"leu", 9}, {"gtu", 10}, {"geu", 11}, {"num", 12}, {"nan", 13}};
+        {"eq", 0}, {"ne", 1},  {"lt", 2},  {"le", 3},  {"gt", 4},  {"ge", 5},   {"lo", 2},   {"ls", 3},   {"hi", 4},
+        {"hs", 5}, {"equ", 6}, {"neu", 7}, {"ltu", 8}, {"leu", 9}, {"gtu", 10}, {"geu", 11}, {"num", 12}, {"nan", 13}};
     if (i.op == Op::Setp) {
       auto const mode = kModes.find(w[1]);
       if (mode == kModes.end()) fail("comparison");
@@ -475,11 +544,19 @@ class Parser {
     } else if (i.op == Op::Shfl) {
       i.mode = is(2, "up") ? 1 : is(2, "down") ? 2 : is(2, "bfly") ? 3 : 0;
     } else if (i.op == Op::Ld || i.op == Op::St || i.op == Op::Atom) {
-      i.mode = i.has("shared") || i.has("shared::cta") ? 1 : i.has("global") ? 2 : i.has("param") ? 3 : i.has("local") ? -1 : 0;
+      i.mode = i.has("shared") || i.has("shared::cta") ? 1
+               : i.has("global")                       ? 2
+               : i.has("param")                        ? 3
+               : i.has("local")                        ? -1
+                                                       : 0;
       if (i.mode < 0) fail("local memory");
     } else if (i.op == Op::Mbarrier) {
-      i.mode = is(1, "init") ? 0 : is(1, "arrive") ? (i.has("expect_tx") ? 2 : 1) : is(1, "try_wait") || is(1, "test_wait") ? 3
-               : is(1, "inval") ? 4 : is(1, "expect_tx") ? 5 : -1;
+      i.mode = is(1, "init")                             ? 0
+               : is(1, "arrive")                         ? (i.has("expect_tx") ? 2 : 1)
+               : is(1, "try_wait") || is(1, "test_wait") ? 3
+               : is(1, "inval")                          ? 4
+               : is(1, "expect_tx")                      ? 5
+                                                         : -1;
       if (i.mode < 0) fail("mbarrier operation");
       if (i.mode == 3 && !i.has("parity")) fail("wait by token");
     }

@@ -19,7 +19,9 @@ struct MatrixDescriptor {
   }
   uint32_t swizzled(uint32_t address) const { return address ^ (address >> 7 & ((1u << swizzle_bits) - 1)) << 4; }
   // Byte address of 16-bit element k of row `row`, K-major; or of element `row` of row k, MN-major.
-  uint32_t k_major(uint32_t row, uint32_t k) const { return swizzled(start + row / 8 * stride + row % 8 * 128 + 2 * k); }
+  uint32_t k_major(uint32_t row, uint32_t k) const {
+    return swizzled(start + row / 8 * stride + row % 8 * 128 + 2 * k);
+  }
   uint32_t mn_major(uint32_t row, uint32_t k) const { return swizzled(start + k / 8 * stride + k % 8 * 128 + 2 * row); }
 };
 
@@ -75,7 +77,8 @@ void Machine::wgmma(Warp& w, int pc, Instruction const& i) {
     MatrixDescriptor const d(lane(w, i.args[1], 0));
     for (int outer = 0; outer < 16; ++outer) {
       for (int piece = 0; piece < 2; ++piece) {
-        uint16_t const* from = read_row(a_mn ? d.mn_major(slice + 8 * piece, outer) : d.k_major(slice + outer, 8 * piece));
+        uint16_t const* from =
+            read_row(a_mn ? d.mn_major(slice + 8 * piece, outer) : d.k_major(slice + outer, 8 * piece));
         for (int e = 0; e < 8; ++e) {
           (a_mn ? a[8 * piece + e][outer] : a[outer][8 * piece + e]) = value(from[e]);
         }
@@ -139,7 +142,8 @@ void Machine::load_matrix(Warp& w, int pc, Instruction const& i, uint32_t mask) 
     uint32_t* const reg = w.reg32.data() + size_t(to.parts[j].reg) * kLanes;
     for (int l = 0; l < kLanes; ++l) {
       int const r = l / 4, c = 2 * (l % 4);
-      reg[l] = transposed ? uint32_t(m[j][c][r]) | uint32_t(m[j][c + 1][r]) << 16 : uint32_t(m[j][r][c]) | uint32_t(m[j][r][c + 1]) << 16;
+      reg[l] = transposed ? uint32_t(m[j][c][r]) | uint32_t(m[j][c + 1][r]) << 16
+                          : uint32_t(m[j][r][c]) | uint32_t(m[j][r][c + 1]) << 16;
     }
   }
 }

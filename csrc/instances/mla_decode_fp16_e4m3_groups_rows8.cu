@@ -1,0 +1,3 @@
+#include "etap/instance.cuh"
+
+ETAP_INSTANCE_GROUPS(fp16, __half, 8)
