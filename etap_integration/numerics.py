@@ -311,17 +311,21 @@ def _stream_tiles(
         tile = order[:, step]
         kt = tiles[tile.clamp(min=0)]
         zt = _masked_tile(kt @ qt * c, tile, limits)
-        top = zt.amax(1)
-        raised = torch.where(top > m + raise_by, top, m)
-        alpha = torch.where(raised > m, torch.exp2(m - _finite(raised)), 1.0)
-        m = raised
-        pt = torch.exp2(zt - _finite(m)[:, None])
-        l = l * alpha + pt.sum(1)  # noqa: E741
+        m, l, alpha, pt = _softmax_step(zt, m, l, raise_by)  # noqa: E741
         rounded = pt.to(p_dtype).float()
         if p_parts == 2:
             rounded = rounded + (pt - rounded).to(p_dtype).float()  # exact: both parts fit in one float32
         ot = ot * alpha[:, None] + kt[:, :, :D_LATENT].mT @ rounded
     return m, l, ot
+
+
+def _softmax_step(zt: Tensor, m: Tensor, l: Tensor, raise_by: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: E741
+    """Reference maximum, sum, what O^T is rescaled by, and P^T, after a tile of scores (chains, keys, rows)."""
+    top = zt.amax(1)
+    raised = torch.where(top > m + raise_by, top, m)
+    alpha = torch.where(raised > m, torch.exp2(m - _finite(raised)), 1.0)
+    pt = torch.exp2(zt - _finite(raised)[:, None])
+    return raised, l * alpha + pt.sum(1), alpha, pt
 
 
 def _stream_scaled_tiles(
@@ -350,12 +354,7 @@ def _stream_scaled_tiles(
         for g in groups:
             zt = zt + kt[:, :, columns[g]] @ qt[columns[g]] * (st[:, :, g, None] * factors)
         zt = _masked_tile(zt, tile, limits)
-        top = zt.amax(1)
-        raised = torch.where(top > m + raise_by, top, m)
-        alpha = torch.where(raised > m, torch.exp2(m - _finite(raised)), 1.0)
-        m = raised
-        pt = torch.exp2(zt - _finite(m)[:, None])
-        l = l * alpha + pt.sum(1)  # noqa: E741
+        m, l, alpha, pt = _softmax_step(zt, m, l, raise_by)  # noqa: E741
         before = power
         power = torch.maximum(power, st.abs().view(torch.int32).amax(1) >> 23)
         rescale, divide = _power_of_two(127 - (power - before)), _power_of_two(260 - power)

@@ -4,6 +4,7 @@ kernel, and masks, empty rows and merges are right."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -127,20 +128,10 @@ def test_judge_catches_nan() -> None:
         judge(built, out, lse, 2)
 
 
+@pytest.mark.parametrize("drawn", [draw_e4m3, draw_groups])
 @pytest.mark.parametrize("seed", range(60))
-def test_drawn_e4m3_problems(seed: int) -> None:
-    problem = draw_e4m3(seed)
-    lengths = tuple(min(n, 700) for n in problem.lengths)
-    problem = problem.with_(lengths=lengths, heads=min(problem.heads, 17))
-    built = build(problem, "cpu")
-    parts = 2 if problem.precise else 1
-    options = {"p_parts": parts, "num_parts": 1 + seed % 4, "out_dtype": problem.out_dtype}
-    judge(built, *built.reference(numerics.etap_e4m3_model, **options), parts)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_drawn_problems_with_scales_of_groups(seed: int) -> None:
-    problem = draw_groups(seed)
+def test_drawn_e4m3_problems(seed: int, drawn: Callable[[int], Problem]) -> None:
+    problem = drawn(seed)
     lengths = tuple(min(n, 700) for n in problem.lengths)
     problem = problem.with_(lengths=lengths, heads=min(problem.heads, 17))
     built = build(problem, "cpu")

@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,18 +74,12 @@ def test_drawn_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]
     judge(built, out, lse, 1 if problem.precise is False else 2)
 
 
+@pytest.mark.parametrize("drawn", [draw_e4m3, draw_groups])
 @pytest.mark.parametrize("seed", range(20))
-def test_drawn_e4m3_problems_reach_the_kernel_intact(seed: int, stand_in: list[tuple]) -> None:
-    problem = draw_e4m3(seed)
-    lengths = tuple(min(n, 300) for n in problem.lengths)
-    built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
-    out, lse = run(built)
-    judge(built, out, lse, 2 if problem.precise else 1)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_drawn_problems_with_scales_of_groups_reach_the_kernel_intact(seed: int, stand_in: list[tuple]) -> None:
-    problem = draw_groups(seed)
+def test_drawn_e4m3_problems_reach_the_kernel_intact(
+    seed: int, drawn: Callable[[int], Problem], stand_in: list[tuple]
+) -> None:
+    problem = drawn(seed)
     lengths = tuple(min(n, 300) for n in problem.lengths)
     built = build(problem.with_(lengths=lengths, heads=min(problem.heads, 17), num_ctas=None), "cpu")
     out, lse = run(built)

@@ -41,13 +41,13 @@ def commands(root: Path) -> dict[Path, list[str]]:
 def build(folder: Path, root: Path = etap_build.ROOT) -> Path:
     """The module's path in `folder`, built where something changed. A failing compiler's output is in the error."""
     todo = commands(root)
-    headers = sorted([*(root / "csrc").rglob("*.h"), *(root / "csrc").rglob("*.cuh"), *HERE.glob("*.h")])
-    shared = hashlib.sha256(b"".join(p.read_bytes() for p in headers)).hexdigest()
+    ours = sorted([*(root / "csrc").rglob("*.h"), *(root / "csrc").rglob("*.cuh")])
+    headers = {".cu": _digest(ours), ".cpp": _digest([*ours, *sorted(HERE.glob("*.h"))])}
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(item: tuple[Path, list[str]]) -> Path:
         source, command = item
-        key = hashlib.sha256(f"{command}{shared}".encode() + source.read_bytes()).hexdigest()[:16]
+        key = hashlib.sha256(f"{command}{headers[source.suffix]}".encode() + source.read_bytes()).hexdigest()[:16]
         target = folder / f"{source.stem}-{key}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.o")
@@ -76,6 +76,10 @@ def load(folder: Path) -> ModuleType:
     if reason := module.load_error():
         raise RuntimeError(f"the kernels' PTX was not understood: {reason}")
     return module
+
+
+def _digest(files: list[Path]) -> str:
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 
 def _run(command: list[str]) -> None:

@@ -824,7 +824,7 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       return Next::Continue;
     case Op::WgmmaWait:
       if (!whole()) return Next::Blocked;
-      wgmma_wait(w, pc, i);
+      wgmma_wait(w, i);
       return random_() % 2 ? Next::Continue : Next::Yield;
     case Op::Abs:
     case Op::Add:

@@ -260,7 +260,7 @@ class Machine {
   void load_matrix(Warp& w, int pc, Instruction const& i, uint32_t mask);
   void store_matrix(Warp& w, int pc, Instruction const& i, uint32_t mask);
   void wgmma(Warp& w, int pc, Instruction const& i);
-  void wgmma_wait(Warp& w, int pc, Instruction const& i);
+  void wgmma_wait(Warp& w, Instruction const& i);
   void issue_copy(Warp& w, int pc, Instruction const& i, uint32_t mask);
   void issue_tensor_copy(Warp& w, int pc, Instruction const& i, uint32_t mask);
   bool aligned_mask(Warp& w, Group& g, uint32_t needed);

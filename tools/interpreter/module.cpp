@@ -145,7 +145,6 @@ cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const* config, void const* ho
   launch.grid = config->gridDim.x;
   launch.block = config->blockDim.x;
   launch.shared_bytes = config->dynamicSmemBytes;
-  std::vector<uint8_t> room(launch.kernel->param_bytes + 256);
   launch.params.resize(launch.kernel->param_bytes);
   for (size_t n = 0; n < launch.kernel->params.size(); ++n) {
     auto const& p = launch.kernel->params[n];

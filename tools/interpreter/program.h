@@ -56,7 +56,6 @@ enum class Op : uint8_t {
   And,
   Atom,
   Bar,
-  Barrier,
   BarWarp,
   Bfe,
   Bfi,
@@ -153,7 +152,6 @@ struct Kernel {
     bool is_64;
   };
   std::vector<Special> specials;
-  int static_shared = 0;
 };
 
 struct Module {

@@ -106,7 +106,7 @@ void Machine::wgmma(Warp& w, int pc, Instruction const& i) {
   w.wgmma.back().push_back(std::move(reads));
 }
 
-void Machine::wgmma_wait(Warp& w, int pc, Instruction const& i) {
+void Machine::wgmma_wait(Warp& w, Instruction const& i) {
   size_t const pending = i.args[0].value;  // groups that need not be complete
   while (w.wgmma.size() - 1 > pending) {
     for (auto const& f : w.wgmma.front()) {
@@ -122,7 +122,6 @@ void Machine::wgmma_wait(Warp& w, int pc, Instruction const& i) {
     }
     w.wgmma.erase(w.wgmma.begin());
   }
-  (void)pc;
 }
 
 void Machine::load_matrix(Warp& w, int pc, Instruction const& i, uint32_t mask) {
