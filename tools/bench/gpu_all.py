@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,14 +88,15 @@ def start(library: Path) -> Start:
                 return process.wait(limit_s)
             except subprocess.TimeoutExpired:
                 return None
-            finally:  # also where this process is interrupted itself; with whatever it has started
-                for sent in (signal.SIGINT, signal.SIGKILL):
-                    if process.poll() is None:
-                        os.killpg(process.pid, sent)
-                        try:
-                            process.wait(GRACE_S)
-                        except subprocess.TimeoutExpired:
-                            continue
+            finally:  # also where this process is interrupted itself
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGINT)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(GRACE_S)
+                # Whatever it has started ends with it, even where the interrupt was ignored or is still being handled.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     return run
 
