@@ -296,6 +296,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   float scores[Cfg::kRowTile / 2];
   await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
+  trace(kScored, st.fresh && st.group + st.warp + st.lane == 0);
   if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {

@@ -43,6 +43,13 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
 
 }  // namespace etap
 
+#if defined(ETAP_TRACE)  // for tools/bench/trace.py
+#define ETAP_TAKE_TRACE(NAME) \
+  extern "C" int etap_trace_##NAME(void* entries) { return etap::take_trace(entries); }
+#else
+#define ETAP_TAKE_TRACE(NAME)
+#endif
+
 #define ETAP_INSTANCE_OF(NAME, T, ROW_TILE, FORMAT)                                                                 \
   namespace etap {                                                                                                  \
   cudaError_t launch_##NAME##_##ROW_TILE(int p_parts, MlaDecodeParams const& params, CUtensorMap const& ckv_map,    \
@@ -51,7 +58,8 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
                ? launch_instance<T, TileConfig<ROW_TILE, 2, FORMAT>>(params, ckv_map, kpe_map, num_ctas, stream)    \
                : launch_instance<T, TileConfig<ROW_TILE, 1, FORMAT>>(params, ckv_map, kpe_map, num_ctas, stream);   \
   }                                                                                                                 \
-  }
+  }                                                                                                                 \
+  ETAP_TAKE_TRACE(NAME##_##ROW_TILE)
 #define ETAP_INSTANCE(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME, T, ROW_TILE, CacheFormat::kQueryType)
 #define ETAP_INSTANCE_E4M3(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME##_e4m3, T, ROW_TILE, CacheFormat::kE4m3)
 #define ETAP_INSTANCE_GROUPS(NAME, T, ROW_TILE)                                   \

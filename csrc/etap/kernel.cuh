@@ -65,6 +65,7 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
     int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
     sync_consumers();
+    trace(kQueryThere, index == 0 && thread == 0);
     st.reset();
     if constexpr (Cfg::kGroups) {
       consume_tiles_groups<T>(p, smem, st, piece);
@@ -81,6 +82,7 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
         consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
       }
     }
+    trace(kTilesDone, thread == 0);
     int lent = chunk + tiles * Cfg::kRingTile;
     if constexpr (Cfg::kGroups) lent = piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
     if constexpr (Cfg::kWide) {
@@ -88,10 +90,12 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     } else {
       finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
     }
+    trace(kPieceDone, thread == 0);
     if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
     release_piece(smem, index, lane);
   }
   merge_pending<T>(p, smem, thread);
+  trace(kEnded, thread == 0);
 }
 
 template <class T, class Cfg>
@@ -102,7 +106,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(shared_bytes);
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
   if (warp == 0) {
+    trace(kStarted, lane == 0);
     plan_launch(p, smem, lane);
+    trace(kPlanned, lane == 0);
     __syncwarp();
     NamedBarrier::arrive(kThreads, kBarrierStart);
     NamedBarrier::sync(64, kBarrierInit);  // with warp 1, long done

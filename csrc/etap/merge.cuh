@@ -121,6 +121,7 @@ ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
     stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
   }
   sync_consumers();
+  trace(kStatsThere, thread == 0);
   merge_weights<Cfg>(p, piece, rows, value_scale, scratch, thread);
 }
 

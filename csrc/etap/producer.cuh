@@ -51,6 +51,7 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
     // Boxes past the length get a row past the page, for which TMA writes zeros without reading.
     next = key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
     if (first < begin) continue;
+    trace(kLookedUp, first == begin && at.slot + at.parity == 0 && lane == 0);
     int const count = min(tiles_per_round, end - first);
     ETAP_ROLLED
     for (int tile = 0; tile < count; ++tile) {

@@ -3,6 +3,7 @@
 
 #include "schedule.h"
 #include "sm90.cuh"
+#include "trace.cuh"
 
 namespace etap {
 

@@ -13,8 +13,10 @@ import typer
 
 from etap_integration._library import library_path
 
-from . import gpu_all, records, report, rivals, runner
+from . import gpu_all, records, report, rivals, runner, trace
 from . import grid as grids
+from .problem import Inputs, KvPool, Problem
+from .providers import Etap, Target
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -205,6 +207,36 @@ def throttle(
 ) -> None:
     """Copy CUTLASS headers with every 16-bit wgmma throttled, to build a kernel for the emulated H20."""
     typer.echo(f"{rivals.throttle_cutlass(include, destination)} wgmma instructions throttled in {destination}")
+
+
+@app.command("trace")
+def show_trace(
+    library: Annotated[Path, typer.Option(help="Our kernel, built with ETAP_NVCC_FLAGS=-DETAP_TRACE.")],
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    kv_len: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; default 512, 4096, 65536.")] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 16,
+    page_size: Annotated[int, typer.Option(min=1)] = 64,
+    kv_dtype: Annotated[str, typer.Option(help="bf16, fp16 or e4m3.")] = "bf16",
+    num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs.")] = 0,
+) -> None:
+    """Print when the CTAs of a launch come to its stages, L2 cold: what a short launch waits for."""
+    try:
+        problems = [Problem(batch, n, heads, 1, page_size, kv_dtype) for n in kv_len or (512, 4096, 65536)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
+    if not library.is_file():
+        raise typer.BadParameter(f"{library} does not exist", param_hint="--library")
+    sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    provider = Etap(library, Target(None, sms), num_ctas=num_ctas)
+    for problem in problems:
+        pool = KvPool(problem.cache_tokens, problem.kv_dtype)
+        try:
+            lines = trace.measure(library, provider, Inputs(problem, pool))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--library") from error
+        typer.echo(f"{problem}\n{trace.table(lines)}")
 
 
 @app.command("sources")
