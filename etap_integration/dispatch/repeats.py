@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from etap_integration.dispatch.calls import Call, Normaliser
-from etap_integration.dispatch.decision import ACCEPTED, attention_key, index_key
+from etap_integration.dispatch.decision import ACCEPTED, attention_key, index_key, slower
 
 _ATTENTION, _INDEX = ("q_rope", "q_nope", "k_cache", "v_cache", "out", "ckv_scale", "kpe_scale"), (
     "page_table", "cache_seqlens", "cu_seqlens_q", "cache_batch_idx",
@@ -32,7 +32,10 @@ _PLAIN = (type(None), bool, int, float, str)  # a key must not keep tensors aliv
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What was found out about one kind of call. reason: why upstream computes it; None: ETAP does."""
+    """What was found out about one kind of call. reason: why upstream computes it; None: ETAP does.
+
+    slower_at: what the measured rules said at each bound of the lengths that came up.
+    """
 
     reason: str | None
     rows: int = 0
@@ -41,6 +44,7 @@ class Facts:
     sms: int = 0
     measured: bool = True  # whether the measured rules are about it
     run: Callable[..., Any] | None = None  # of the tensors, in the order of `TENSORS`; None: it did not run yet
+    slower_at: dict[int, str | None] = field(default_factory=dict, compare=False)
 
 
 class Form:
@@ -73,31 +77,27 @@ class Form:
         self._index_keys: dict[tuple[Any, ...], int] = {}
         self._last_index: tuple[Any, ...] = (_nothing, _nothing, _nothing, _nothing, self._number(()))
 
-    def tensors(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments of a `run`."""
-        return (*self._attention(values), *self._index(values))
-
-    def recall(self, values: Sequence[Any]) -> Facts | None:
-        """What is known of such calls, if anything."""
-        attention = self._attention(values)
+    def recall(self, values: Sequence[Any]) -> tuple[Facts, tuple[Any, ...]] | None:
+        """What is known of such calls, if anything, and the arguments of its `run`."""
+        attention, tensors, plain = self._attention(values), self._index(values), self._plain(values)
         try:
-            plain = self._plain(values)
-            if (facts := self._refused.get((attention[0].shape, attention[2].dtype, plain))) is not None:
-                return facts
-            facts = self._known.get((attention_key(*attention), self._index_number(values), plain))
+            if self._refused:
+                facts = self._refused.get((attention[0].shape, attention[2].dtype, plain))
+                if facts is not None:
+                    return facts, ()
+            facts = self._known.get((attention_key(*attention), self._index_number(tensors), plain))
         except (AttributeError, TypeError):  # a number in a tensor's place, a value that cannot be hashed
             return None
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in attention):
+        if facts is None or (torch.is_grad_enabled() and _need_gradients(*attention)):
             return None
-        return facts
+        return facts, attention + tensors
 
-    def _index_number(self, values: Sequence[Any]) -> int:
+    def _index_number(self, tensors: tuple[Tensor | None, ...]) -> int:
         """Stands for `index_key`. Every layer of a model passes the same table and lengths: they are known by sight."""
-        table, lengths, cu, index = self._index(values)
+        table, lengths, cu, index = tensors
         seen = self._last_index
         if seen[0]() is table and seen[1]() is lengths and seen[2]() is cu and seen[3]() is index:
             return seen[4]
-        tensors = (table, lengths, cu, index)
         number = self._number(index_key(tensors))
         self._last_index = (*(_nothing if x is None else weakref.ref(x) for x in tensors), number)
         return number
@@ -105,17 +105,24 @@ class Form:
     def _number(self, key: tuple[Any, ...]) -> int:
         return self._index_keys.setdefault(key, len(self._index_keys))
 
-    def length_bound(self, values: Sequence[Any], facts: Facts) -> int:
-        """As `Call.length_bound`."""
+    def slower(self, values: Sequence[Any], facts: Facts) -> str | None:
+        """As `decision.slower`, asked once for each bound of the lengths that the host knows (`Call.length_bound`)."""
         given = values[self._max_seqlen_k]
-        return min(given, facts.capacity) if type(given) is int else facts.capacity
+        bound = min(given, facts.capacity) if type(given) is int else facts.capacity
+        try:
+            return facts.slower_at[bound]
+        except KeyError:
+            if len(facts.slower_at) >= self.CAPACITY:
+                facts.slower_at.clear()
+            reason = facts.slower_at[bound] = slower(facts.rows, facts.batch, bound, facts.sms)
+            return reason
 
     def remember(self, values: Sequence[Any], facts: Facts, by_query: bool) -> None:
         """Keeps `facts` for calls like this one, unless it is of a kind that cannot be told by its key.
 
         by_query: they hold at other tensors too, if q's shape and k's dtype are the same.
         """
-        tensors, plain = self.tensors(values), self._plain(values)
+        tensors, plain = self._attention(values) + self._index(values), self._plain(values)
         if not all(map(_is_plain, plain)):
             return
         if max(len(self._known), len(self._refused), len(self._index_keys)) >= self.CAPACITY:
@@ -126,10 +133,18 @@ class Form:
             return
         if not all(isinstance(x, Tensor) or (x is None and i >= 4) for i, x in enumerate(tensors)):
             return
-        key = (attention_key(*self._attention(values)), self._index_number(values), plain)
+        key = (attention_key(*self._attention(values)), self._index_number(self._index(values)), plain)
         earlier = self._known.get(key)
         if earlier is None or earlier.run is None:  # a rule may send away what ran before
             self._known[key] = facts
+
+
+def _need_gradients(q, qv, k, v, out, ckv_scale, kpe_scale) -> bool:
+    return (
+        q.requires_grad or qv.requires_grad or k.requires_grad or v.requires_grad
+        or (out is not None and out.requires_grad)
+        or (ckv_scale is not None and ckv_scale.requires_grad) or (kpe_scale is not None and kpe_scale.requires_grad)
+    )  # fmt: skip
 
 
 def _nothing() -> None:

@@ -20,7 +20,6 @@ from etap_integration.dispatch.decision import (
     choose,
     neutral,
     refused_by_query,
-    slower,
     supports,
 )
 from etap_integration.dispatch.repeats import TENSORS, Facts, Repeats
@@ -205,14 +204,15 @@ def _wrap(route: Route, qv_name: str, qv_index: int) -> Callable[..., Any]:
         form = engine.repeats.form(args, kwargs) if observer is None else None
         if form is not None:
             values = [*args, *kwargs.values(), None]
-            facts = form.recall(values)
-            if facts is not None:
+            known_call = form.recall(values)
+            if known_call is not None:
+                facts, tensors = known_call
                 reason = facts.reason
                 if reason is None and facts.measured and engine.limits.only_where_faster:
-                    reason = slower(facts.rows, facts.batch, form.length_bound(values, facts), facts.sms)
+                    reason = form.slower(values, facts)
                 if reason is None and facts.run is not None:
                     dispatched()
-                    return facts.run(*form.tensors(values))
+                    return facts.run(*tensors)
                 if reason is not None and known(label, reason) and not engine.strict:
                     fell_back(reason)
                     return original(*args, **kwargs)
