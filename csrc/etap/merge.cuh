@@ -8,6 +8,10 @@
 
 namespace etap {
 
+// Has a value worked out by here, and what follows from it after: the compiler puts off to behind a wait what could be
+// done before, and does at once what could be done meanwhile.
+ETAP_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
+
 template <class Cfg>
 struct MergeScratch {  // lies over the ring, Q and P^T, which are idle by then
   static constexpr int kStage = 16, kStatQuads = Cfg::kRowTile / 2;
@@ -40,8 +44,8 @@ ETAP_DEVICE float4 await_written(float4 v, float4 const* from) {
 }
 
 template <class Cfg>
-ETAP_DEVICE float4 const* stat_quad(PartialBuffer<Cfg> const& buffer, Piece const& piece, int i) {
-  constexpr int kStatQuads = MergeScratch<Cfg>::kStatQuads;
+ETAP_DEVICE float4 const* stat_quad(PartialBuffer<Cfg> const& buffer, Piece const& piece, uint32_t i) {
+  constexpr uint32_t kStatQuads = MergeScratch<Cfg>::kStatQuads;
   return reinterpret_cast<float4 const*>(buffer.stats(piece.slot(i / kStatQuads))) + i % kStatQuads;
 }
 
@@ -72,8 +76,8 @@ ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, Row
 
 // Writes one quad (see PartialBuffer) of the output.
 template <class T, class Cfg>
-ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, int quad, float4 v) {
-  constexpr int kQuads = Cfg::kRowTile / 8;
+ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, uint32_t quad, float4 v) {
+  constexpr uint32_t kQuads = Cfg::kRowTile / 8;
   int const lane = quad % 32, chunk = quad / (128 * kQuads);
   int const column = chunk * kChunkCols + quad % 128 / 32 * 16 + fragment_column<Cfg>(lane);
   int const row = 8 * (quad / 128 % kQuads) + 2 * (lane & 3);
@@ -95,86 +99,161 @@ ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, flo
   }
 }
 
-// Goes over what one thread adds up of a slice: of `blocks` quads in turn, the parts first, first + step, ...
-struct MergeCursor {
-  int block, part;
-  ETAP_DEVICE bool advance(int first, int step, int num_parts) {  // true: that was the block's last part
-    part += step;
-    if (part < num_parts) return false;
-    part = first;
-    ++block;
-    return true;
+// What one thread adds up of a CTA's slice of a piece: `blocks` quads, each over the parts group, group + groups, ...
+template <class Cfg>
+struct SliceShare {
+  static constexpr int kStep = 2 * PartialBuffer<Cfg>::kSlotBytes / sizeof(float4);  // quads from a part to the next
+  float4 const *first, *others;  // quads of part 0; of part i > 0, kStep i further on
+  int num_parts, end;            // of the piece; of the slice
+  int quad0, width, blocks;      // block b is quad0 + b width
+  int group, groups;             // of the threads that share a quad's parts; groups <= parts
+
+  ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread)  : num_parts(piece.num_parts) {
+    EvenCut const cut(PartialBuffer<Cfg>::kQuads, num_parts);
+    int const begin = cut.begin(piece.part), longest = cut.base + min(cut.longer, 1);
+    int const log_width = min(8, max(3, 32 - __clz(longest - 1)));
+    end = cut.begin(piece.part + 1);
+    width = 1 << log_width;
+    group = thread >> log_width;
+    groups = kConsumerThreads >> log_width;
+    blocks = groups > 1 ? 1 : (longest + width - 1) >> log_width;
+    quad0 = begin + (thread & (width - 1));
+    first = buffer.quads(piece.first_slot);
+    others = buffer.quads(2 * piece.first_cta);
+    asm volatile("" : "+l"(first), "+l"(others));
+    keep(quad0), keep(blocks), keep(end);
   }
+  ETAP_DEVICE int quad(int block) const { return min(quad0 + block * width, end - 1); }
+  ETAP_DEVICE float4 const* at(int part, int quad) const { return part == 0 ? first + quad : others + (part * kStep + quad); }
 };
 
-// Statistics of all parts to shared memory, then weights.
+// The weights (x and z) of a quad's rows in a part.
 template <class Cfg>
-ETAP_DEVICE void weigh_parts(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
-                             RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
-  float4* const stats = reinterpret_cast<float4*>(scratch.stats);
-  int const quads = piece.num_parts * MergeScratch<Cfg>::kStatQuads;
-  ETAP_ROLLED
-  for (int i = thread; i < quads; i += kConsumerThreads) copy_async(stats + i, stat_quad(buffer, piece, i));
-  await_copies();
-  ETAP_ROLLED
-  for (int i = thread; i < quads; i += kConsumerThreads) {
-    stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
-  }
-  sync_consumers();
-  trace(kStatsThere, thread == 0);
-  merge_weights<Cfg>(p, piece, rows, value_scale, scratch, thread);
+ETAP_DEVICE float4 quad_weights(MergeScratch<Cfg> const& scratch, uint32_t part, uint32_t quad) {
+  uint32_t const row = 8 * (quad / 128 % (Cfg::kRowTile / 8)) + 2 * (quad & 3);
+  return *reinterpret_cast<float4 const*>(&scratch.stats[part][row]);
+}
+ETAP_DEVICE float4 add_weighted(float4 acc, float4 v, float4 w) {
+  return make_float4(fmaf(v.x, w.x, acc.x), fmaf(v.y, w.z, acc.y), fmaf(v.z, w.x, acc.z), fmaf(v.w, w.z, acc.w));
 }
 
-// This CTA's slice of a piece's rows.
-template <class T, class Cfg>
-ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
-                             RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
-  using Scratch = MergeScratch<Cfg>;
-  weigh_parts(p, buffer, piece, rows, value_scale, scratch, thread);
-  EvenCut const cut(PartialBuffer<Cfg>::kQuads, piece.num_parts);
-  int const begin = cut.begin(piece.part), end = cut.begin(piece.part + 1);
-  // Threads side by side on the slice; the others share its parts.
-  int const longest = cut.base + min(cut.longer, 1);
-  int const log_width = min(8, max(3, 32 - __clz(longest - 1))), width = 1 << log_width;
-  int const groups = kConsumerThreads >> log_width, group = thread >> log_width;  // groups <= parts
-  int const blocks = groups > 1 ? 1 : (longest + width - 1) >> log_width, quad0 = begin + (thread & (width - 1));
-  auto quad_of = [&](MergeCursor const& c) { return min(quad0 + c.block * width, end - 1); };
-  MergeCursor at{0, group};
+// The sum over a quad's parts, waiting for each; for where a sum was no number, whether it is none or came too early.
+template <class Cfg>
+ETAP_DEVICE float4 await_sum(MergeScratch<Cfg> const& scratch, SliceShare<Cfg> const& share, int quad) {
   float4 acc = make_float4(0, 0, 0, 0);
-  bool weighed = false;
   ETAP_ROLLED
-  do {
-    MergeCursor next = at;
-    ETAP_ROLLED
-    for (int k = 0; k < Scratch::kStage && next.block < blocks; ++k) {
-      copy_async(&scratch.stage[k][thread], buffer.quads(piece.slot(next.part)) + quad_of(next));
-      next.advance(group, groups, piece.num_parts);
-    }
-    if (!weighed) sync_consumers();
-    weighed = true;
-    await_copies();
-    ETAP_ROLLED
-    for (int k = 0; k < Scratch::kStage && at.block < blocks; ++k) {
-      int const quad = quad_of(at), row = 8 * (quad / 128 % (Cfg::kRowTile / 8)) + 2 * (quad & 3), block = at.block;
-      float4 const w = *reinterpret_cast<float4 const*>(&scratch.stats[at.part][row]);  // x, z: of two rows
-      float4 const v = await_written(scratch.stage[k][thread], buffer.quads(piece.slot(at.part)) + quad);
-      acc = make_float4(fmaf(v.x, w.x, acc.x), fmaf(v.y, w.z, acc.y), fmaf(v.z, w.x, acc.z), fmaf(v.w, w.z, acc.w));
-      if (at.advance(group, groups, piece.num_parts) && groups == 1) {
-        if (quad0 + block * width < end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, acc);
-        acc = make_float4(0, 0, 0, 0);
-      }
-    }
-  } while (at.block < blocks);
-  if (groups == 1) return;
+  for (int part = share.group; part < share.num_parts; part += share.groups) {
+    float4 const* const from = share.at(part, quad);
+    acc = add_weighted(acc, await_written(load_relaxed(from), from), quad_weights(scratch, part, quad));
+  }
+  return acc;
+}
+
+// The sum of the threads that share a quad's parts, in the first group's.
+template <class Cfg>
+ETAP_DEVICE float4 sum_groups(MergeScratch<Cfg>& scratch, int width, float4 acc, int thread) {
+  ETAP_ROLLED
+  for (int d = width; d < 32; d *= 2) {
+    float4 const v = make_float4(__shfl_down_sync(~0u, acc.x, d), __shfl_down_sync(~0u, acc.y, d),
+                                 __shfl_down_sync(~0u, acc.z, d), __shfl_down_sync(~0u, acc.w, d));
+    acc = make_float4(acc.x + v.x, acc.y + v.y, acc.z + v.z, acc.w + v.w);
+  }
   scratch.group_sum[thread] = acc;
   sync_consumers();
-  if (group > 0 || quad0 >= end) return;
+  int const step = max(width, 32);
+  if (thread >= width) return acc;
   ETAP_ROLLED
-  for (int i = thread + width; i < kConsumerThreads; i += width) {
+  for (int i = thread + step; i < kConsumerThreads; i += step) {
     float4 const v = scratch.group_sum[i];
     acc = make_float4(acc.x + v.x, acc.y + v.y, acc.z + v.z, acc.w + v.w);
   }
-  store_quad<T, Cfg>(p, rows, scratch.scale, quad0, acc);
+  return acc;
+}
+
+// Statistics of all parts to shared memory, in two steps.
+template <class Cfg>
+ETAP_DEVICE void ask_statistics(PartialBuffer<Cfg> const& buffer, Piece const& piece, MergeScratch<Cfg>& scratch,
+                                int thread) {
+  float4* const stats = reinterpret_cast<float4*>(scratch.stats);
+  ETAP_ROLLED
+  for (int i = thread; i < piece.num_parts * MergeScratch<Cfg>::kStatQuads; i += kConsumerThreads) {
+    copy_async(stats + i, stat_quad(buffer, piece, i));
+  }
+}
+template <class Cfg>
+ETAP_DEVICE void await_statistics(PartialBuffer<Cfg> const& buffer, Piece const& piece, MergeScratch<Cfg>& scratch,
+                                  int thread) {
+  float4* const stats = reinterpret_cast<float4*>(scratch.stats);
+  await_copies();
+  ETAP_ROLLED
+  for (int i = thread; i < piece.num_parts * MergeScratch<Cfg>::kStatQuads; i += kConsumerThreads) {
+    if (!written(stats[i])) stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
+  }
+}
+
+// This CTA's slice of a piece's rows. What can be is worked out while something is on its way: instructions are what
+// this takes its time for. Partial results are read once their statistics are there, then most likely all at once; a
+// word that was not there yet makes its sum no number.
+template <class T, class Cfg>
+ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
+                             RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
+  constexpr int kStage = MergeScratch<Cfg>::kStage;
+  ask_statistics(buffer, piece, scratch, thread);
+  SliceShare<Cfg> share(buffer, piece, thread);
+  // A round: so many parts of so many quads that they fit the stage.
+  int const own_parts = quotient_up(share.num_parts - share.group, share.groups);
+  int const round_parts = min(own_parts, kStage);
+  int round_blocks = kStage >> (32 - __clz(round_parts - 1)), part_step = round_parts * share.groups;
+  keep(round_blocks), keep(part_step);
+  await_statistics(buffer, piece, scratch, thread);
+  sync_consumers();
+  trace(kStatsThere, thread == 0);
+  bool weighed = false;
+  ETAP_ROLLED
+  for (int block0 = 0; block0 < share.blocks; block0 += round_blocks) {
+    int const block_end = min(block0 + round_blocks, share.blocks);
+    float4 acc = make_float4(0, 0, 0, 0);
+    ETAP_ROLLED
+    for (int part0 = share.group; part0 < share.num_parts; part0 += part_step) {
+      int const part_end = min(part0 + part_step, share.num_parts);
+      float4* to = &scratch.stage[0][thread];
+      ETAP_ROLLED
+      for (int block = block0; block < block_end; ++block) {
+        int const quad = share.quad(block);
+        ETAP_ROLLED
+        for (int part = part0; part < part_end; part += share.groups, to += kConsumerThreads) {
+          copy_async(to, share.at(part, quad));
+        }
+      }
+      if (!weighed) {
+        merge_weights<Cfg>(p, piece, rows, value_scale, scratch, thread);
+        sync_consumers();
+        weighed = true;
+      }
+      await_copies();
+      float4 const* from = &scratch.stage[0][thread];
+      ETAP_ROLLED
+      for (int block = block0; block < block_end; ++block) {
+        int quad = share.quad(block);
+        ETAP_ROLLED
+        for (int part = part0; part < part_end; part += share.groups, from += kConsumerThreads) {
+          acc = add_weighted(acc, *from, quad_weights(scratch, part, quad));
+        }
+        if (part_end < share.num_parts) continue;
+        keep(quad);
+        if (isnan(acc.x + acc.y + acc.z + acc.w)) acc = await_sum(scratch, share, quad);
+        if (share.groups > 1) break;  // its one block
+        if (share.quad0 + block * share.width < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, acc);
+        acc = make_float4(0, 0, 0, 0);
+      }
+    }
+    if (share.groups > 1) {
+      acc = sum_groups(scratch, share.width, acc, thread);
+      int quad = share.quad0;
+      keep(quad);
+      if (thread < share.width && quad < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, acc);
+    }
+  }
 }
 
 template <class T, class Cfg>
