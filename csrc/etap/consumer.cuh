@@ -49,35 +49,48 @@ struct MaskBounds {
   int causal_gap;  // if causal: a row of token t sees keys 0 .. causal_gap + t
 };
 
-// Loads the piece's query rows; rows past the request's become zero. Neighbouring threads share a row.
+// A thread's 16-byte vectors of a query row, kLanes threads to a row; zero past the request's rows.
 template <class Cfg>
-ETAP_DEVICE void load_query(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece, int thread) {
-  constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;                 // threads of one row
-  constexpr int kLatent = kLatentChunks * 8 / kLanes, kRope = (8 + kLanes - 1) / kLanes;  // 16-byte vectors of each
-  int const r = thread / kLanes, lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + r;
-  bool const valid = row < piece.q_len * p.num_heads;
-  uint4 const* nope = static_cast<uint4 const*>(p.q_nope);
-  uint4 const* rope = static_cast<uint4 const*>(p.q_rope);
-  if (valid) {
-    nope += row_offset(p, p.q_nope_stride, piece.request, piece.token0, row) / 8;
-    rope += row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8;
-  }
-  uint4 value[kLatent + kRope];
+struct QueryVectors {
+  static constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;
+  static constexpr int kLatent = kLatentChunks * 8 / kLanes, kRope = (8 + kLanes - 1) / kLanes;
+  static_assert(kLanes <= 32);
+  uint4 latent[kLatent], rope[kRope];  // a lane from 8 on has none of rope
+
+  ETAP_DEVICE QueryVectors(MlaDecodeParams const& p, PieceInfo const& piece, int thread) {
+    int const lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + thread / kLanes;
 #pragma unroll
-  for (int k = 0; k < kLatent + kRope; ++k) {
-    int const v = k < kLatent ? lane + k * kLanes : lane + (k - kLatent) * kLanes;
-    value[k] = make_uint4(0, 0, 0, 0);
-    if (valid && (k < kLatent || v < 8)) value[k] = __ldg((k < kLatent ? nope : rope) + v);
-  }
+    for (int k = 0; k < kLatent; ++k) latent[k] = make_uint4(0, 0, 0, 0);
 #pragma unroll
-  for (int k = 0; k < kLatent + kRope; ++k) {
-    int const v = k < kLatent ? lane + k * kLanes : kLatentChunks * 8 + lane + (k - kLatent) * kLanes;
-    if (k < kLatent || v < kTileChunks * 8) {
-      *reinterpret_cast<uint4*>(smem.query[v / 8] + swizzled(r, v % 8)) = value[k];
+    for (int k = 0; k < kRope; ++k) rope[k] = make_uint4(0, 0, 0, 0);
+    if (row >= piece.q_len * p.num_heads) return;
+    auto const* from = static_cast<uint4 const*>(p.q_nope) +
+                       row_offset(p, p.q_nope_stride, piece.request, piece.token0, row) / 8 + lane;
+#pragma unroll
+    for (int k = 0; k < kLatent; ++k) latent[k] = __ldg(from + k * kLanes);
+    from = static_cast<uint4 const*>(p.q_rope) +
+           row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8 + lane;
+#pragma unroll
+    for (int k = 0; k < kRope; ++k) {
+      if (lane < 8) rope[k] = __ldg(from + k * kLanes);
     }
   }
-  cutlass::arch::fence_view_async_shared();
-}
+  // To the chunks of Q, as they are.
+  ETAP_DEVICE void store(SharedStorage<Cfg>& smem, int thread) const {
+    int const r = thread / kLanes, lane = thread % kLanes;
+#pragma unroll
+    for (int k = 0; k < kLatent; ++k) {
+      int const v = lane + k * kLanes;
+      *reinterpret_cast<uint4*>(smem.query[v / 8] + swizzled(r, v % 8)) = latent[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kRope; ++k) {
+      int const v = lane + k * kLanes;
+      if (lane < 8) *reinterpret_cast<uint4*>(smem.query[kLatentChunks] + swizzled(r, v)) = rope[k];
+    }
+    cutlass::arch::fence_view_async_shared();
+  }
+};
 
 // Fills the piece's row targets.
 template <class Cfg>

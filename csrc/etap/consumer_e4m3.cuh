@@ -45,42 +45,18 @@ ETAP_DEVICE void store_query(uint8_t* chunk, int row, int vector, uint32_t const
   *reinterpret_cast<uint2*>(half + swizzled(row, vector / 2 * 2 + 1)) = make_uint2(pairs[1], pairs[3]);
 }
 
-// A thread's 16-byte vectors of a query row, kLanes threads to a row; zero past the request's rows.
-template <class Cfg>
-struct QueryVectors {
-  static constexpr int kLanes = kConsumerThreads / Cfg::kRowTile;
-  static constexpr int kLatent = kLatentChunks * 8 / kLanes;  // and one of rope for eight of the threads
-  static_assert(kLanes >= 8 && kLanes <= 32);
-  uint4 latent[kLatent], rope;
-
-  ETAP_DEVICE QueryVectors(MlaDecodeParams const& p, PieceInfo const& piece, int thread) {
-    int const lane = thread % kLanes, row = piece.row_tile * Cfg::kRowTile + thread / kLanes;
-    rope = make_uint4(0, 0, 0, 0);
+// The largest exponent_of of this thread's columns of Q.
+template <class T, class Cfg>
+ETAP_DEVICE int latent_exponent(QueryVectors<Cfg> const& q) {
+  uint32_t largest = 0;
 #pragma unroll
-    for (int k = 0; k < kLatent; ++k) latent[k] = make_uint4(0, 0, 0, 0);
-    if (row >= piece.q_len * p.num_heads) return;
-    auto const* from = static_cast<uint4 const*>(p.q_nope) +
-                       row_offset(p, p.q_nope_stride, piece.request, piece.token0, row) / 8 + lane;
-#pragma unroll
-    for (int k = 0; k < kLatent; ++k) latent[k] = __ldg(from + k * kLanes);
-    from = static_cast<uint4 const*>(p.q_rope) +
-           row_offset(p, p.q_rope_stride, piece.request, piece.token0, row) / 8 + lane;
-    if (lane < 8) rope = __ldg(from);
-  }
-
-  // The largest exponent_of of this thread's columns.
-  template <class T>
-  ETAP_DEVICE int latent_exponent() const {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int k = 0; k < kLatent; ++k) largest = max(largest, largest_bits(latent[k]));
-    return exponent_of(unpack_pair(largest, T{}).x);
-  }
-  template <class T>
-  ETAP_DEVICE int rope_exponent() const {
-    return exponent_of(unpack_pair(largest_bits(rope), T{}).x);
-  }
-};
+  for (int k = 0; k < q.kLatent; ++k) largest = max(largest, largest_bits(q.latent[k]));
+  return exponent_of(unpack_pair(largest, T{}).x);
+}
+template <class T, class Cfg>
+ETAP_DEVICE int rope_exponent(QueryVectors<Cfg> const& q) {
+  return exponent_of(unpack_pair(largest_bits(q.rope[0]), T{}).x);
+}
 
 // The largest among the threads of a row.
 template <class Cfg>
@@ -124,7 +100,7 @@ ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& s
   float const ckv_scale = latent_scale(p, piece.request), kpe_scale = rope_scale(p, piece.request);
   float const ratio = kpe_scale / ckv_scale;
   QueryScale const scale(largest_of_row<Cfg>(
-      max(q.template latent_exponent<T>(), q.template rope_exponent<T>() + exponent_of(ratio) - 126)));
+      max(latent_exponent<T>(q), rope_exponent<T>(q) + exponent_of(ratio) - 126)));
   if (thread == 0) smem.control.value_scale[piece.table] = ckv_scale;
   if (lane == 0) smem.control.row_scale[r] = finite_factor(p.scale_log2 * ckv_scale * scale.down);
 #pragma unroll
@@ -133,7 +109,7 @@ ETAP_DEVICE void load_query_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>& s
     store_query_scaled<T>(smem.query[v / 8], r, v % 8, q.latent[k], scale.up);
   }
   if (lane < 8) {
-    uint32_t const in[4] = {q.rope.x, q.rope.y, q.rope.z, q.rope.w};
+    uint32_t const in[4] = {q.rope[0].x, q.rope[0].y, q.rope[0].z, q.rope[0].w};
     uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

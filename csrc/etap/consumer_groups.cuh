@@ -205,7 +205,7 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
   auto const position = [&] { return RingPosition<Cfg>::at(piece.first_chunk + i * Cfg::kRingTile); };
   auto const scale_position = [&] { return ScalePosition::at(first_tile(smem, piece) + i); };
   auto const lane_offsets = [&] {
-    if (Cfg::kParksStatistics) asm volatile("" : "+r"(st.lane));
+    if (Cfg::kParksStatistics) keep(st.lane);
     return LaneOffsets(st.warp, st.lane);
   };
   uint8_t* const prob_bytes = smem.prob[Cfg::kProbTurns * st.group + i / 2 % Cfg::kProbTurns];

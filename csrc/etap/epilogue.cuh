@@ -26,15 +26,25 @@ ETAP_DEVICE void write_lse(MlaDecodeParams const& p, RowTarget const& target, fl
 // Statistics of this warpgroup's keys, for both: sums per warp, and the reference.
 template <class Cfg>
 ETAP_DEVICE void publish_statistics(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
 #pragma unroll
-  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
+  for (int d = 4; d < 32; d *= 2) {
 #pragma unroll
-    for (int d = 4; d < 32; d *= 2) st.sum[i] += __shfl_xor_sync(~0u, st.sum[i], d);
-    if (st.lane < 4) {
-      warp_entry(smem.control.warp_stat[st.group][st.row_of(i)], st.warp) = st.sum[i];
-      if (st.warp == 0) smem.control.reference[st.group][st.row_of(i)] = st.reference[i];
-    }
+    for (int i = 0; i < kStats; ++i) st.sum[i] += __shfl_xor_sync(~0u, st.sum[i], d);
   }
+  if (st.lane >= 4) return;
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) warp_entry(smem.control.warp_stat[st.group][st.row_of(i)], st.warp) = st.sum[i];
+  if (st.warp > 0) return;
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) smem.control.reference[st.group][st.row_of(i)] = st.reference[i];
+}
+
+// The sum of a row over a warpgroup's keys, as published.
+template <class Cfg>
+ETAP_DEVICE float group_sum(SharedStorage<Cfg> const& smem, int group, int row) {
+  float4 const s = smem.control.warp_stat[group][row];
+  return (s.x + s.y) + (s.z + s.w);
 }
 
 // Both warpgroups' statistics become one, in st; own and other weigh the two O^T.
@@ -44,15 +54,11 @@ ETAP_DEVICE void join_statistics(SharedStorage<Cfg> const& smem, ConsumerState<C
 #pragma unroll
   for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
     int const r = st.row_of(i);
-    auto group_sum = [&](int group) {
-      float4 const s = smem.control.warp_stat[group][r];
-      return (s.x + s.y) + (s.z + s.w);
-    };
     float const theirs = smem.control.reference[1 - st.group][r], top = fmaxf(st.reference[i], theirs);
     own[i] = exp2_approx(st.reference[i] - top);
     other[i] = exp2_approx(theirs - top);
     st.reference[i] = top;
-    st.sum[i] = group_sum(st.group) * own[i] + group_sum(1 - st.group) * other[i];
+    st.sum[i] = group_sum(smem, st.group, r) * own[i] + group_sum(smem, 1 - st.group, r) * other[i];
   }
 }
 
@@ -244,7 +250,12 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   publish_statistics(smem, st);
   sync_consumers();  // also: Q may be replaced
   float own[kStats], other[kStats];
-  join_statistics(smem, st, own, other);
+  if (exchange || Cfg::kManyOutputs) {  // the shorter way would cost them spilled registers
+    join_statistics(smem, st, own, other);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kStats; ++i) st.sum[i] = group_sum(smem, 0, st.row_of(i));
+  }
   if (!whole && st.group == 0) {
     store_stats(buffer.stats(slot), st);
     if (st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot);
@@ -290,8 +301,7 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
 // 64 rows: the sum of a row of the row tile, from the warpgroup that scores it.
 template <class Cfg>
 ETAP_DEVICE float published_sum(SharedStorage<Cfg> const& smem, int row) {
-  float4 const s = reinterpret_cast<float4 const*>(smem.control.warp_stat)[row];
-  return (s.x + s.y) + (s.z + s.w);
+  return group_sum(smem, row / Cfg::kScoreRows, row % Cfg::kScoreRows);
 }
 
 // 64 rows: nothing is exchanged but statistics. Output goes through Q's space, so no ring chunks are lent, and the next
@@ -300,7 +310,7 @@ template <class T, class Cfg>
 ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                    ConsumerState<Cfg>& st) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
-  asm volatile("" : "+r"(st.lane));  // else addresses that it gives are kept, spilled, from piece to piece
+  keep(st.lane);  // else addresses that it gives are kept, spilled, from piece to piece
   publish_statistics(smem, st);
   sync_consumers();  // also: Q may be replaced
 #pragma unroll

@@ -23,6 +23,19 @@ ETAP_DEVICE void prefetch_page_table(MlaDecodeParams const& p, int thread) {
   }
 }
 
+// Likewise the queries: of each row, the latent part's 8 lines and the rope part's.
+ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
+  constexpr int kLines = kLatentDim * 2 / 128, kRowLines = kLines + 1;
+  int const line = thread * gridDim.x + blockIdx.x, row = line / kRowLines, part = line % kRowLines;
+  int const token = p.heads_divmod.divide(row), head = row - token * p.num_heads;
+  int const request = p.cu_seqlens_q ? 0 : token / p.q_len;
+  if (token >= (p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.q_len)) return;
+  RowStrides const& s = part < kLines ? p.q_nope_stride : p.q_rope_stride;
+  int64_t const at = request * s.batch + (token - request * p.q_len) * s.token + head * s.head;
+  uint16_t const* const base = static_cast<uint16_t const*>(part < kLines ? p.q_nope : p.q_rope);
+  prefetch_l2(base + at + part % kLines * 64);
+}
+
 template <class Cfg>
 ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
   if (lane < Cfg::kRing) {
@@ -53,14 +66,19 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
     int piece_thread = thread;
-    asm volatile("" : "+r"(piece_thread));  // else addresses that it gives are kept, spilled, from piece to piece
-    target_rows<Cfg>(p, smem.control.rows[piece.table], piece, piece_thread);
-    if constexpr (Cfg::kGroups) {
-      load_query_groups<T>(p, smem, piece, piece_thread);
-    } else if constexpr (Cfg::kE4m3) {
-      load_query_e4m3<T>(p, smem, piece, piece_thread);
+    keep(piece_thread);  // else addresses that it gives are kept, spilled, from piece to piece
+    RowTarget* const rows = smem.control.rows[piece.table];
+    if constexpr (Cfg::kE4m3) {
+      target_rows<Cfg>(p, rows, piece, piece_thread);
+      if constexpr (Cfg::kGroups) {
+        load_query_groups<T>(p, smem, piece, piece_thread);
+      } else {
+        load_query_e4m3<T>(p, smem, piece, piece_thread);
+      }
     } else {
-      load_query(p, smem, piece, piece_thread);
+      QueryVectors<Cfg> const query(p, piece, piece_thread);
+      target_rows<Cfg>(p, rows, piece, piece_thread);
+      query.store(smem, piece_thread);
     }
     MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
     int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
@@ -118,9 +136,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       NamedBarrier::arrive(64, kBarrierInit);
     } else if (warp == 2) {
       prefetch_page_table(p, lane);
-    } else if (warp == 3 && lane == 0 && p.box_rows) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
-      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    } else if (warp == 3) {
+      if (lane == 0 && p.box_rows) {
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
+        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+      }
+      prefetch_query(p, lane);
     }
     NamedBarrier::sync(kThreads, kBarrierStart);
   }

@@ -8,10 +8,6 @@
 
 namespace etap {
 
-// Has a value worked out by here, and what follows from it after: the compiler puts off to behind a wait what could be
-// done before, and does at once what could be done meanwhile.
-ETAP_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
-
 template <class Cfg>
 struct MergeScratch {  // lies over the ring, Q and P^T, which are idle by then
   static constexpr int kStage = 16, kStatQuads = Cfg::kRowTile / 2;

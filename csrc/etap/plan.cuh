@@ -46,13 +46,14 @@ ETAP_DEVICE int lent_chunks(Piece const& piece) {
   return exchanges(piece) ? Cfg::kExchangeChunks : 0;
 }
 
-// Leaves a piece where the CTA's warps find it. One thread calls this.
+// Leaves a piece where the CTA's warps find it; `len`: keys of its request. One thread calls this.
 template <class Cfg>
-ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, Piece const& piece) {
+ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, Piece const& piece,
+                             int len) {
   PieceInfo& to = smem.control.piece[index % kPieceBuffers];
   static_cast<Piece&>(to) = piece;
   to.pages = page_row(p, piece.request);
-  to.len = cache_len(p, piece.request);
+  to.len = len;
   to.token0 = query_begin(p, piece.request);
   to.q_len = query_len(p, piece.request);
   to.first_chunk = index == 0 ? 0 : smem.control.next_chunk;
@@ -81,7 +82,8 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
     if (cursor.done()) {
       write_end(smem, index);
     } else {
-      write_piece(p, smem, index, cursor.next([&](int b) { return request_work<Cfg>(p, b); }));
+      Piece const piece = cursor.next([&](int b) { return request_work<Cfg>(p, b); });
+      write_piece(p, smem, index, piece, cache_len(p, piece.request));
     }
     smem.control.cursor = cursor;
   }
@@ -93,7 +95,8 @@ template <class Cfg>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
   uint32_t const epoch = read_epoch(p);
   // Up to 32 requests, each lane keeps the one request it ever asks for.
-  RequestWork const own = lane < p.batch ? request_work<Cfg>(p, lane) : RequestWork{0, 0};
+  int const own_len = lane < p.batch ? cache_len(p, lane) : 0;
+  RequestWork const own = lane < p.batch ? request_work<Cfg>(p, own_len, query_len(p, lane)) : RequestWork{0, 0};
   auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
   if (lane == 0) smem.control.epoch = epoch;
   WorkTotals totals;
@@ -102,7 +105,12 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
+  int own_ctas = 0;  // aligned, up to 32 requests
   Plan const plan = make_plan(totals, gridDim.x, [&](int share) {
+    if (p.batch <= 32) {
+      own_ctas = aligned_ctas(own, share);
+      return warp_sum(own_ctas);
+    }
     int sum = 0;
     ETAP_ROLLED
     for (int b = lane; b < p.batch; b += 32) sum += aligned_ctas(work_of(b), share);
@@ -110,12 +118,12 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   });
   int const cta = blockIdx.x;
   if (plan.share && p.batch <= 32) {  // the common short case: the request's own lane has all it takes
-    int const weight = lane < p.batch ? plan_weight(plan, own) : 0, end = inclusive_sum(weight, lane);
+    int const end = inclusive_sum(own_ctas, lane), begin = end - own_ctas;
     if (lane == 0) {
       smem.control.cursor.next_tile = smem.control.cursor.end_tile = 0;  // no second piece
       if (cta >= plan.num_ctas) write_end(smem, 0);
     }
-    if (cta >= end - weight && cta < end) write_piece(p, smem, 0, aligned_piece(plan, own, lane, end - weight, cta));
+    if (cta >= begin && cta < end) write_piece(p, smem, 0, aligned_piece(own, lane, begin, own_ctas, cta), own_len);
     return;
   }
   int request = 0, prefix = 0;

@@ -38,23 +38,28 @@ template <class Cfg>
 ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                                 SharedStorage<Cfg>& smem, PieceInfo const& piece, RingPosition<Cfg>& at, int lane) {
   constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  int const boxes = kTileKeys / p.box_rows;  // per tile: 1, 2, 4 or 8
-  int const tiles_per_round = 32 / boxes;
-  int const lane_tile = lane / boxes, row_in_tile = lane % boxes * p.box_rows;
+  int log_rows = 31 - __clz(p.box_rows);
+  keep(log_rows);  // else what follows from it is kept from piece to piece, and other things spilled
+  int const log_boxes = 31 - __clz(kTileKeys) - log_rows;
+  int const boxes = 1 << log_boxes;  // per tile: 1, 2, 4 or 8
+  int const tiles_per_round = 32 >> log_boxes;
+  int const lane_tile = lane >> log_boxes, row_in_tile = (lane & (boxes - 1)) << log_rows;
   int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
   int const* const pages = piece.pages;
-  KeyPlace box{}, next{};
-  ETAP_ROLLED
-  for (int first = begin - tiles_per_round; first < end; first += tiles_per_round) {  // one round of look-ups ahead
-    box = next;
-    int const key = (first + tiles_per_round + lane_tile) * kTileKeys + row_in_tile;
+  auto const look_up = [&](int first) {
+    int const key = (first + lane_tile) * kTileKeys + row_in_tile;
     // Boxes past the length get a row past the page, for which TMA writes zeros without reading.
-    next = key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
-    if (first < begin) continue;
+    return key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
+  };
+  KeyPlace next = look_up(begin);
+  ETAP_ROLLED
+  for (int first = begin; first < end; first += tiles_per_round) {
+    KeyPlace const box = next;
     trace(kLookedUp, first == begin && at.slot + at.parity == 0 && lane == 0);
     int const count = min(tiles_per_round, end - first);
     ETAP_ROLLED
     for (int tile = 0; tile < count; ++tile) {
+      if (tile == 1) next = look_up(first + tiles_per_round);  // behind the first copies; a round has 4 tiles or more
       if (boxes == 1) {
         int const row = __shfl_sync(~0u, box.row, tile), page = __shfl_sync(~0u, box.page, tile);
         if (cute::elect_one_sync()) {
@@ -219,7 +224,7 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
     if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
     int lane_col16 = col16;
-    if (Cfg::kE4m3) asm volatile("" : "+r"(lane_col16));  // else what follows from it is kept, and other things spilled
+    if (Cfg::kE4m3) keep(lane_col16);  // else what follows from it is kept, and other things spilled
     ETAP_ROLLED
     for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
@@ -304,12 +309,17 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
     if (piece.request < 0) break;
     if (!gather) {
       load_piece_tma(p, ckv_map, kpe_map, smem, piece, at, lane);
-    } else if (p.gather_16b) {
-      load_piece_gather(p, smem, piece, at, warp * 32 + lane);
     } else {
-      load_piece_elements(p, smem, piece, at, warp * 32 + lane);
+      int thread = warp * 32 + lane;
+      keep(thread);  // else what follows from it is kept from piece to piece, and other things spilled
+      if (p.gather_16b) {
+        load_piece_gather(p, smem, piece, at, thread);
+      } else {
+        load_piece_elements(p, smem, piece, at, thread);
+      }
     }
     lend_chunks(smem, at, piece, gather || lane == 0);
+    keep(index);  // likewise
     release_piece(smem, index, lane);
   }
 }

@@ -125,13 +125,13 @@ ETAP_HD int plan_weight(Plan const& plan, RequestWork w) {
 }
 ETAP_HD int plan_target(Plan const& plan, int cta) { return plan.share ? cta : plan.flat.begin(cta); }
 
-// Aligned: the one piece of `cta`, which is of this request. `prefix`: CTAs of the requests before it.
-ETAP_HD Piece aligned_piece(Plan const& plan, RequestWork w, int request, int prefix, int cta) {
-  int const parts = quotient_up(w.tiles, plan.share);
+// Aligned: the one piece of `cta`, which is of this request. `prefix`: CTAs of the requests before it; `ctas`: its own.
+ETAP_HD Piece aligned_piece(RequestWork w, int request, int prefix, int ctas, int cta) {
+  int const parts = w.row_tiles == 1 ? ctas : quotient(ctas, w.row_tiles);
   EvenCut const cut(w.tiles, parts);
   Piece piece;
   piece.request = request;
-  piece.row_tile = quotient(cta - prefix, parts);
+  piece.row_tile = w.row_tiles == 1 ? 0 : quotient(cta - prefix, parts);
   piece.first_cta = prefix + piece.row_tile * parts;
   piece.first_slot = 2 * piece.first_cta;
   piece.num_parts = parts;
@@ -184,7 +184,7 @@ struct PieceCursor {
     }
     if (plan.share) {
       next_tile = end_tile;
-      return aligned_piece(plan, w, request, prefix, cta);
+      return aligned_piece(w, request, prefix, aligned_ctas(w, plan.share), cta);
     }
     Piece const piece = flat_piece(plan, w, request, prefix, cta, at);
     next_tile += piece.end - piece.begin;

@@ -14,7 +14,7 @@ ETAP_DEVICE void load_query_groups(MlaDecodeParams const& p, SharedStorage<Cfg>&
   int const r = thread / Vectors::kLanes, lane = thread % Vectors::kLanes;
   Vectors const q(p, piece, thread);
   float const ckv_scale = latent_scale(p, piece.request);  // 1 beside scales of groups
-  QueryScale const latent(largest_of_row<Cfg>(q.template latent_exponent<T>()));
+  QueryScale const latent(largest_of_row<Cfg>(latent_exponent<T>(q)));
   if (thread == 0) smem.control.value_scale[piece.table] = ckv_scale;
   if (lane == 0) smem.control.row_scale[r] = finite_factor(p.scale_log2 * ckv_scale * latent.down);
 #pragma unroll
@@ -23,13 +23,13 @@ ETAP_DEVICE void load_query_groups(MlaDecodeParams const& p, SharedStorage<Cfg>&
     store_query_scaled<T>(smem.query[v / 8], r, v % 8, q.latent[k], latent.up);
   }
   if constexpr (Cfg::kRope16) {
-    if (lane < 8) *reinterpret_cast<uint4*>(smem.query[kLatentChunks] + swizzled(r, lane)) = q.rope;
+    if (lane < 8) *reinterpret_cast<uint4*>(smem.query[kLatentChunks] + swizzled(r, lane)) = q.rope[0];
   } else {
-    QueryScale const rope(largest_of_row<Cfg>(q.template rope_exponent<T>()));
+    QueryScale const rope(largest_of_row<Cfg>(rope_exponent<T>(q)));
     if (lane == 0) {
       smem.control.rope_scale[r] = finite_factor(p.scale_log2 * rope_scale(p, piece.request) * rope.down);
     }
-    if (lane < 8) store_query_scaled<T>(smem.query[kLatentChunks], r, lane, q.rope, rope.up);
+    if (lane < 8) store_query_scaled<T>(smem.query[kLatentChunks], r, lane, q.rope[0], rope.up);
   }
   if (!p.group_scale) {  // nobody else writes them
     ETAP_ROLLED
