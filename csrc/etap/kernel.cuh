@@ -123,24 +123,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(shared_bytes);
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
-  if (warp == 0) {
-    trace(kStarted, lane == 0);
-    plan_launch(p, smem, lane);
+  bool const plans = warp == 0, rehearses = warp == 2 && p.batch <= kMostRehearsed;
+  trace(kStarted, plans && lane == 0);
+  if (plans || rehearses) plan_launch(p, plans ? smem : rehearsal_storage(smem), lane, rehearses);
+  __syncwarp();
+  if (plans) {
     trace(kPlanned, lane == 0);
-    __syncwarp();
     NamedBarrier::arrive(kThreads, kBarrierStart);
-    NamedBarrier::sync(64, kBarrierInit);  // with warp 1, long done
+    NamedBarrier::sync(96, kBarrierInit);  // with warps 1 and 2, long done
   } else {
     if (warp == 1) {
       init_barriers(p, smem, lane);
-      NamedBarrier::arrive(64, kBarrierInit);
+      NamedBarrier::arrive(96, kBarrierInit);
     } else if (warp == 2) {
-      prefetch_page_table(p, lane);
+      cutlass::arch::fence_view_async_shared();  // before TMA writes the ring
+      NamedBarrier::arrive(96, kBarrierInit);
     } else if (warp == 3) {
       if (lane == 0 && p.box_rows) {
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
       }
+      prefetch_page_table(p, lane);
+    } else if (warp == 4) {
       prefetch_query(p, lane);
     }
     NamedBarrier::sync(kThreads, kBarrierStart);
