@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
   bool const plans = warp == 0, rehearses = warp == 2 && p.batch <= kMostRehearsed;
   trace(kStarted, plans && lane == 0);
-  if (plans || rehearses) plan_launch(p, plans ? smem : rehearsal_storage(smem), lane, rehearses);
+  if (plans || rehearses) plan_launch(p, plan_storage(smem, rehearses), lane, rehearses);
   __syncwarp();
   if (plans) {
     trace(kPlanned, lane == 0);

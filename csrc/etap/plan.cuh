@@ -95,22 +95,23 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
 // what it finds goes to ring chunks, idle still.
 constexpr int kMostRehearsed = 32;  // requests; the plan of more waits for memory all along
 template <class Cfg>
-ETAP_DEVICE SharedStorage<Cfg>& rehearsal_storage(SharedStorage<Cfg>& smem) {
+ETAP_DEVICE SharedStorage<Cfg>& plan_storage(SharedStorage<Cfg>& smem, bool rehearsal) {
   uint8_t* const base = reinterpret_cast<uint8_t*>(&smem);
-  int64_t const shift = (reinterpret_cast<uint8_t*>(&smem.control) - base) / 1024 * 1024;
+  int shift = rehearsal ? (reinterpret_cast<uint8_t*>(&smem.control) - base) / 1024 * 1024 : 0;
+  keep(shift);  // else each address is chosen anew
   return *reinterpret_cast<SharedStorage<Cfg>*>(base - shift);  // of which the control part alone is touched
 }
 
 // Makes the plan and this CTA's first piece.
 template <class Cfg>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane, bool rehearsal) {
-  uint32_t const epoch = rehearsal ? 0 : read_epoch(p);
   // Up to 32 requests, each lane keeps the one request it ever asks for.
   int own_len = 0, own_query = 0;
   if (lane < p.batch) {
     own_len = rehearsal ? min(p.capacity, 4096) : cache_len(p, lane);
     own_query = rehearsal ? 1 : query_len(p, lane);
   }
+  uint32_t const epoch = rehearsal ? 0 : read_epoch(p);
   RequestWork const own = request_work<Cfg>(p, own_len, own_query);
   auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
   if (lane == 0) smem.control.epoch = epoch;

@@ -29,7 +29,7 @@ ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int const
   if (!p.page_table) return {p.cache_batch_idx ? p.cache_batch_idx[request] : request, key};
   int entry, row;
   p.page_divmod(entry, row, key);
-  return {pages[entry], row};
+  return {__ldg(pages + entry), row};
 }
 
 // Lane i looks up the i-th box of a round of boxes. What a chunk costs here, from the wait to the copy, delays every

@@ -199,6 +199,28 @@ void Machine::merge_groups(Warp& w) {
   }
 }
 
+void Machine::note_milestone(Warp const& w, Instruction const& i) {
+  if (w.cta->index != options_.watched_cta || !options_.milestones) return;
+  switch (i.op) {
+    case Op::Bar:
+    case Op::Mbarrier:
+    case Op::CpAsync:
+    case Op::CpAsyncBulk:
+    case Op::WgmmaWait:
+    case Op::Exit:
+      break;
+    case Op::Ld:
+    case Op::St:
+      if (i.has("global")) break;
+      return;
+    default:
+      return;
+  }
+  std::string text;
+  for (auto const& word : i.words) text += (text.empty() ? "" : ".") + word;
+  options_.milestones->push_back({w.index, w.executed, std::move(text)});
+}
+
 void Machine::run_group(Warp& w, int index, int quantum) {
   auto const& code = launch_.kernel->code;
   while (quantum-- > 0) {
@@ -208,6 +230,7 @@ void Machine::run_group(Warp& w, int index, int quantum) {
     uint32_t mask = g->mask;
     if (i.guard >= 0) mask &= i.guard_negated ? ~w.preds[i.guard] : w.preds[i.guard];
     if (i.op == Op::Bra) {
+      ++w.executed;
       uint32_t const stay = g->mask & ~mask;
       if (mask && stay) {
         g->mask = stay;
@@ -218,6 +241,8 @@ void Machine::run_group(Warp& w, int index, int quantum) {
       }
       g->pc = mask ? int(i.args.back().value) : g->pc + 1;
     } else if (i.op == Op::Exit) {
+      ++w.executed;
+      if (mask) note_milestone(w, i);
       g->mask &= ~mask;
       ++g->pc;
       if (g->mask == 0) {
@@ -229,6 +254,8 @@ void Machine::run_group(Warp& w, int index, int quantum) {
     } else {
       Next const next = execute(w, *g, i, mask);
       if (next == Next::Blocked) return;
+      ++w.executed;
+      note_milestone(w, i);
       ++g->pc;
       if (next == Next::Yield) quantum = 0;
     }

@@ -133,6 +133,7 @@ struct Warp {
   std::vector<Group> groups;
   Knowledge knowledge;
   bool slow = false;
+  uint64_t executed = 0;  // instructions; those of diverged groups one after the other
   std::deque<CopyAsync> copies;
   std::vector<std::vector<InFlight>> wgmma;  // by group; the last is not committed yet
   bool done() const { return groups.empty(); }
@@ -196,8 +197,17 @@ struct Cta {
   uint32_t async_clock = 0;
 };
 
+// How far a warp had come, in instructions, when it executed one that concerns other warps, memory or the tensor core.
+struct Milestone {
+  int warp;
+  uint64_t executed;
+  std::string instruction;
+};
+
 struct Options {
   uint64_t seed = 0;
+  int watched_cta = -1;                        // whose milestones are noted
+  std::vector<Milestone>* milestones = nullptr;
   bool check_races = true;
   uint64_t max_steps = 100'000'000;
 };
@@ -222,6 +232,7 @@ class Machine {
   bool runnable(Warp& w, Group& g);
   bool step_warp(Warp& w);
   void run_group(Warp& w, int index, int quantum);
+  void note_milestone(Warp const& w, Instruction const& i);
   void merge_groups(Warp& w);
   bool progress_async(Cta& cta, bool late_too);
   std::string state() const;

@@ -21,6 +21,7 @@ struct Runtime {
   std::map<void const*, std::pair<ptx::Module const*, ptx::Kernel const*>> kernels;  // by host function
   ptx::Memory memory;
   ptx::Options options;
+  std::vector<ptx::Milestone> milestones;
   int sms = 132;
   uint64_t steps = 0;
   std::string error;
@@ -281,6 +282,17 @@ PYBIND11_MODULE(_interpreter, m) {
     return texts;
   });
   m.def("replace", &replace_module);
+  m.def("watch", [](int cta) {
+    auto& runtime = Runtime::instance();
+    runtime.milestones.clear();
+    runtime.options.watched_cta = cta;
+    runtime.options.milestones = &runtime.milestones;
+  });
+  m.def("milestones", [] {
+    std::vector<std::tuple<int, uint64_t, std::string>> found;
+    for (auto const& x : Runtime::instance().milestones) found.emplace_back(x.warp, x.executed, x.instruction);
+    return found;
+  });
   m.def("steps", [] { return Runtime::instance().steps; });
   m.def("load_error", [] { return Runtime::instance().error; });
   m.def("num_kernels", [] { return Runtime::instance().kernels.size(); });
