@@ -1,7 +1,7 @@
 """PTX instructions on the critical path of a short launch: `python -m tools.interpreter.path`.
 
 By in-kernel clocks, some 250 instructions of one warp are a microsecond (docs/kernel-log.md), so what a short launch
-takes beyond waiting for memory is counted here, without a GPU: 16 rows, one tile of keys a CTA, 8 CTAs a request.
+takes beyond waiting for memory is counted here, without a GPU: 16 rows, 128 tiles of keys, one a CTA.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Milestones = Sequence[tuple[int, int, str]]
 _CONSUMERS = range(4, 8)  # of warpgroup 0, which has the tile
 
 
-def milestones(module: ModuleType, seed: int = 0, cta: int = 21) -> Milestones:
-    """Those of one CTA of 128, of 16 requests of 512 keys."""
+def milestones(module: ModuleType, batch: int = 16, seed: int = 0, cta: int = 21) -> Milestones:
+    """Those of one CTA of 128, which have a tile each; `batch` divides 128."""
     generator = torch.Generator().manual_seed(seed)
-    batch, pages_each, page = 16, 8, 64
+    pages_each, page = 128 // batch, 64
     cache = torch.randn(batch * pages_each, page, 576, generator=generator).bfloat16()
     query = torch.randn(batch, 1, 16, 576, generator=generator).bfloat16()
     table = torch.randperm(batch * pages_each, generator=generator).int().view(batch, -1)
@@ -84,8 +84,10 @@ def stages(found: Milestones) -> dict[str, int]:
 
 def main() -> None:
     """Prints the stages."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    found = stages(milestones(build.load(etap_build.ROOT / "build/interpreter")))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16, choices=[1, 2, 4, 8, 16, 32, 64], help="default 16")
+    batch = parser.parse_args().batch
+    found = stages(milestones(build.load(etap_build.ROOT / "build/interpreter"), batch))
     for name, count in found.items():
         print(f"{name:16} {count:6}")
 
