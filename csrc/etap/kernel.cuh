@@ -123,30 +123,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(shared_bytes);
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
-  bool const plans = warp == 0, rehearses = warp == 2 && p.batch <= kMostRehearsed;
+  bool const plans = warp == 0, rehearses = warp == 2 && p.batch <= kMostOwned;
   trace(kStarted, plans && lane == 0);
-  if (plans || rehearses) plan_launch(p, plan_storage(smem, rehearses), lane, rehearses);
+  if (plans || rehearses) plan_launch<Cfg>(p, plan_control(smem, rehearses), lane, rehearses);
   __syncwarp();
   if (plans) {
     trace(kPlanned, lane == 0);
     NamedBarrier::arrive(kThreads, kBarrierStart);
-    NamedBarrier::sync(96, kBarrierInit);  // with warps 1 and 2, long done
+    NamedBarrier::sync(128, kBarrierInit);  // with warps 1 to 3, long done
   } else {
     if (warp == 1) {
       init_barriers(p, smem, lane);
-      NamedBarrier::arrive(96, kBarrierInit);
     } else if (warp == 2) {
       cutlass::arch::fence_view_async_shared();  // before TMA writes the ring
-      NamedBarrier::arrive(96, kBarrierInit);
     } else if (warp == 3) {
+      uint32_t const epoch = read_epoch(p);
       if (lane == 0 && p.box_rows) {
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
         cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
       }
       prefetch_page_table(p, lane);
+      if (lane == 0) smem.control.epoch = epoch;
     } else if (warp == 4) {
       prefetch_query(p, lane);
     }
+    if (warp < 4) NamedBarrier::arrive(128, kBarrierInit);
     NamedBarrier::sync(kThreads, kBarrierStart);
   }
   if (warp < 4) {

@@ -46,46 +46,49 @@ ETAP_DEVICE int lent_chunks(Piece const& piece) {
   return exchanges(piece) ? Cfg::kExchangeChunks : 0;
 }
 
+template <class Cfg>
+using Control = typename SharedStorage<Cfg>::Control;
+
 // Leaves a piece where the CTA's warps find it; `len`: keys of its request. One thread calls this.
 template <class Cfg>
-ETAP_DEVICE void write_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, Piece const& piece,
+ETAP_DEVICE void write_piece(MlaDecodeParams const& p, Control<Cfg>& control, int index, Piece const& piece,
                              int len) {
-  PieceInfo& to = smem.control.piece[index % kPieceBuffers];
+  PieceInfo& to = control.piece[index % kPieceBuffers];
   static_cast<Piece&>(to) = piece;
   to.pages = page_row(p, piece.request);
   to.len = len;
   to.token0 = query_begin(p, piece.request);
   to.q_len = query_len(p, piece.request);
-  to.first_chunk = index == 0 ? 0 : smem.control.next_chunk;
-  int const pending = index == 0 ? 0 : smem.control.num_pending;
+  to.first_chunk = index == 0 ? 0 : control.next_chunk;
+  int const pending = index == 0 ? 0 : control.num_pending;
   to.table = piece.whole() ? 2 + index % 2 : pending;
-  smem.control.num_pending = pending + !piece.whole();
+  control.num_pending = pending + !piece.whole();
   if constexpr (Cfg::kGroups) {
-    int const tile = index == 0 ? 0 : smem.control.next_tile;
-    first_tile(smem, to) = tile;
-    smem.control.next_tile = tile + piece.end - piece.begin;
+    int const tile = index == 0 ? 0 : control.next_tile;
+    control.first_tile[index % kPieceBuffers] = tile;
+    control.next_tile = tile + piece.end - piece.begin;
   }
-  smem.control.next_chunk = to.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile + lent_chunks<Cfg>(piece);
+  control.next_chunk = to.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile + lent_chunks<Cfg>(piece);
 }
 
 template <class Cfg>
-ETAP_DEVICE void write_end(SharedStorage<Cfg>& smem, int index) {
-  smem.control.piece[index % kPieceBuffers].request = -1;
-  if (index == 0) smem.control.num_pending = 0;
+ETAP_DEVICE void write_end(Control<Cfg>& control, int index) {
+  control.piece[index % kPieceBuffers].request = -1;
+  if (index == 0) control.num_pending = 0;
 }
 
 // Works out the next piece, or the end. One warp calls this.
 template <class Cfg>
-ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceCursor& cursor, int index,
+ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, PieceCursor& cursor, int index,
                             int lane) {
   if (lane == 0) {
     if (cursor.done()) {
-      write_end(smem, index);
+      write_end<Cfg>(control, index);
     } else {
       Piece const piece = cursor.next([&](int b) { return request_work<Cfg>(p, b); });
-      write_piece(p, smem, index, piece, cache_len(p, piece.request));
+      write_piece<Cfg>(p, control, index, piece, cache_len(p, piece.request));
     }
-    smem.control.cursor = cursor;
+    control.cursor = cursor;
   }
   __syncwarp();
 }
@@ -93,53 +96,90 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
 // Instructions have to be fetched, too: a plan takes 2.0 us the first time in a launch, 0.8 the second, of which the
 // lengths' latency is a part. So another warp runs through it while the first waits for the lengths, with made-up ones;
 // what it finds goes to ring chunks, idle still.
-constexpr int kMostRehearsed = 32;  // requests; the plan of more waits for memory all along
 template <class Cfg>
-ETAP_DEVICE SharedStorage<Cfg>& plan_storage(SharedStorage<Cfg>& smem, bool rehearsal) {
-  uint8_t* const base = reinterpret_cast<uint8_t*>(&smem);
-  int shift = rehearsal ? (reinterpret_cast<uint8_t*>(&smem.control) - base) / 1024 * 1024 : 0;
-  keep(shift);  // else each address is chosen anew
-  return *reinterpret_cast<SharedStorage<Cfg>*>(base - shift);  // of which the control part alone is touched
+ETAP_DEVICE Control<Cfg>& plan_control(SharedStorage<Cfg>& smem, bool rehearsal) {
+  uint32_t const ring = shared_address(&smem), own = shared_address(&smem.control);
+  int address = rehearsal ? ring + (own - ring) % 1024 : own;
+  keep(address);  // else each address is chosen anew
+  return *static_cast<Control<Cfg>*>(__cvta_shared_to_generic(address));
 }
+
+// Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together. The
+// plan of more reads lengths again and again.
+constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 
 // Makes the plan and this CTA's first piece.
 template <class Cfg>
-ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane, bool rehearsal) {
-  // Up to 32 requests, each lane keeps the one request it ever asks for.
-  int own_len = 0, own_query = 0;
-  if (lane < p.batch) {
-    own_len = rehearsal ? min(p.capacity, 4096) : cache_len(p, lane);
-    own_query = rehearsal ? 1 : query_len(p, lane);
+ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, bool rehearsal) {
+  bool const owned = p.batch <= kMostOwned;
+  int const each = owned ? (p.batch + 31) / 32 : 0, first = lane * each;
+  int own_len[kOwnRequests], own_query[kOwnRequests];
+  auto const ask = [&](int i) {
+    own_len[i] = own_query[i] = 0;
+    if (i < each && first + i < p.batch) {
+      own_len[i] = rehearsal ? min(p.capacity, 4096) : cache_len(p, first + i);
+      own_query[i] = rehearsal ? 1 : query_len(p, first + i);
+    }
+  };
+  // What is about a lane's second request and the next is passed over in one step where there are none.
+  ask(0);
+  if (each > 1) {
+#pragma unroll
+    for (int i = 1; i < kOwnRequests; ++i) ask(i);
   }
-  uint32_t const epoch = rehearsal ? 0 : read_epoch(p);
-  RequestWork const own = request_work<Cfg>(p, own_len, own_query);
-  auto work_of = [&](int b) { return b < 32 ? own : request_work<Cfg>(p, b); };
-  if (lane == 0) smem.control.epoch = epoch;
   WorkTotals totals;
-  ETAP_ROLLED
-  for (int b = lane; b < p.batch; b += 32) totals.add(work_of(b));
+  RequestWork own[kOwnRequests];
+  own[0] = request_work<Cfg>(p, own_len[0], own_query[0]);
+  totals.add(own[0]);
+  if (each > 1) {
+#pragma unroll
+    for (int i = 1; i < kOwnRequests; ++i) {
+      own[i] = request_work<Cfg>(p, own_len[i], own_query[i]);
+      totals.add(own[i]);
+    }
+  }
+  if (!owned) {
+    ETAP_ROLLED
+    for (int b = lane; b < p.batch; b += 32) totals.add(request_work<Cfg>(p, b));
+  }
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
-  int own_ctas = 0;  // aligned, up to 32 requests
+  int own_ctas[kOwnRequests], own_sum = 0;  // aligned
   Plan const plan = make_plan(totals, gridDim.x, [&](int share) {
-    if (p.batch <= 32) {
-      own_ctas = aligned_ctas(own, share);
-      return warp_sum(own_ctas);
+    own_sum = 0;
+    if (owned) {
+      own_sum = own_ctas[0] = aligned_ctas(own[0], share);
+      if (each > 1) {
+#pragma unroll
+        for (int i = 1; i < kOwnRequests; ++i) own_sum += own_ctas[i] = aligned_ctas(own[i], share);
+      }
+    } else {
+      ETAP_ROLLED
+      for (int b = lane; b < p.batch; b += 32) own_sum += aligned_ctas(request_work<Cfg>(p, b), share);
     }
-    int sum = 0;
-    ETAP_ROLLED
-    for (int b = lane; b < p.batch; b += 32) sum += aligned_ctas(work_of(b), share);
-    return warp_sum(sum);
+    return warp_sum(own_sum);
   });
   int const cta = blockIdx.x;
-  if (plan.share && p.batch <= 32) {  // the common short case: the request's own lane has all it takes
-    int const end = inclusive_sum(own_ctas, lane), begin = end - own_ctas;
+  if (plan.share && owned) {  // the common short case: the request's own lane has all it takes
+    int const end = inclusive_sum(own_sum, lane);
+    int prefix = end - own_sum;
     if (lane == 0) {
-      smem.control.cursor.next_tile = smem.control.cursor.end_tile = 0;  // no second piece
-      if (cta >= plan.num_ctas) write_end(smem, 0);
+      control.cursor.next_tile = control.cursor.end_tile = 0;  // no second piece
+      if (cta >= plan.num_ctas) write_end<Cfg>(control, 0);
     }
-    if (cta >= begin && cta < end) write_piece(p, smem, 0, aligned_piece(own, lane, begin, own_ctas, cta), own_len);
+    if (cta < prefix || cta >= end) return;
+    int request = first, len = own_len[0], ctas = own_ctas[0];
+    RequestWork work = own[0];
+    if (each > 1) {
+#pragma unroll
+      for (int i = 1; i < kOwnRequests; ++i) {
+        if (i >= each || cta < prefix + ctas) continue;
+        prefix += ctas;
+        request = first + i, len = own_len[i], ctas = own_ctas[i], work = own[i];
+      }
+    }
+    write_piece<Cfg>(p, control, 0, aligned_piece(work, request, prefix, ctas, cta), len);
     return;
   }
   if (rehearsal) return;  // what follows goes by lengths in memory, which are not those of this plan
@@ -147,10 +187,10 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, SharedStorage<Cfg>& smem,
   if (cta < plan.num_ctas) {
     bool const small = p.batch <= 32;
     locate(p.batch, lane, plan_target(plan, cta),
-           [&](int b) { return plan_weight(plan, small ? own : request_work<Cfg>(p, b)); }, request, prefix);
+           [&](int b) { return plan_weight(plan, small ? own[0] : request_work<Cfg>(p, b)); }, request, prefix);
   }
   PieceCursor cursor(plan, cta, request, prefix);
-  next_piece(p, smem, cursor, 0, lane);
+  next_piece<Cfg>(p, control, cursor, 0, lane);
 }
 
 // Hands the pieces to the CTA's warps, in order. The first was worked out with the plan.
@@ -159,7 +199,7 @@ ETAP_DEVICE void post_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
   if (index > 0) {
     smem.control.piece_empty[index % kPieceBuffers].wait((index / kPieceBuffers & 1) ^ 1);
     PieceCursor cursor = smem.control.cursor;
-    next_piece(p, smem, cursor, index, lane);
+    next_piece<Cfg>(p, smem.control, cursor, index, lane);
   }
   __syncwarp();
   if (lane == 0) smem.control.piece_full[index % kPieceBuffers].arrive();
