@@ -269,13 +269,15 @@ def test_as_many_requests_as_a_gpu_has_sms(batch: int, interpreted: Interpreted)
     check(Problem(lengths=lengths, heads=8 if batch % 2 else 16, page_size=64, seed=batch), calls=1)
 
 
-# Some 8% above what they were when this was written; v13 had 306, 206, 176, 117, 358, 1069.
+# Of nvcc 13.0, some 8% above what they were when this was written; v13 had 306, 206, 176, 117, 358, 1069.
 MOST = {
     "plan": 305, "first copy": 205, "query asked for": 125, "query stored": 125, "results stored": 275, "merge": 480,
 }  # fmt: skip
 
 
 def test_critical_path_of_a_short_launch(module: ModuleType) -> None:
+    if not (version := etap_build.Nvcc.find().version).startswith("13.0"):
+        pytest.skip(f"not run: the counts are nvcc 13.0's, this is {version}")
     counts = path.stages(path.milestones(module))
     assert counts.keys() == MOST.keys()
     assert {name: n for name, n in counts.items() if n > MOST[name]} == {}, "a microsecond is some 250 instructions"
