@@ -135,7 +135,7 @@ template <class Cfg>
 ETAP_DEVICE void accumulate_tile_narrow(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                         LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
   uint32_t p_low = descriptor_low(prob);
-  asm volatile("" : "+r"(p_low));  // else all descriptors are worked out long before, and spilled
+  keep(p_low);  // else all descriptors are worked out long before, and spilled
   uint32_t values = chunk_address(smem, at) + offsets.values;
 #pragma unroll
   for (int g = 0; g < 2 * kLatentChunks; ++g) {

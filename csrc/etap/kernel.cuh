@@ -27,13 +27,11 @@ ETAP_DEVICE void prefetch_page_table(MlaDecodeParams const& p, int thread) {
 ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
   constexpr int kLines = kLatentDim * 2 / 128, kRowLines = kLines + 1;
   int const line = thread * gridDim.x + blockIdx.x, row = line / kRowLines, part = line % kRowLines;
-  int const token = p.heads_divmod.divide(row), head = row - token * p.num_heads;
-  int const request = p.cu_seqlens_q ? 0 : token / p.q_len;
-  if (token >= (p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.q_len)) return;
-  RowStrides const& s = part < kLines ? p.q_nope_stride : p.q_rope_stride;
-  int64_t const at = request * s.batch + (token - request * p.q_len) * s.token + head * s.head;
-  uint16_t const* const base = static_cast<uint16_t const*>(part < kLines ? p.q_nope : p.q_rope);
-  prefetch_l2(base + at + part % kLines * 64);
+  int const rows_each = p.q_len * p.num_heads, request = p.cu_seqlens_q ? 0 : row / rows_each;  // ragged: all as one's
+  if (row >= (p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] * p.num_heads : p.batch * rows_each)) return;
+  bool const latent = part < kLines;
+  int64_t const at = row_offset(p, latent ? p.q_nope_stride : p.q_rope_stride, request, 0, row - request * rows_each);
+  prefetch_l2(static_cast<uint16_t const*>(latent ? p.q_nope : p.q_rope) + at + part % kLines * 64);
 }
 
 template <class Cfg>

@@ -70,13 +70,19 @@ ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, Row
   if (piece.part == 0) write_lse(p, rows[r], top, sum);
 }
 
-// Writes one quad (see PartialBuffer) of the output.
+// The first of a quad's two rows (see PartialBuffer).
+template <class Cfg>
+ETAP_DEVICE uint32_t quad_row(uint32_t quad) {
+  return 8 * (quad / 128 % (Cfg::kRowTile / 8)) + 2 * (quad & 3);
+}
+
+// Writes one quad of the output.
 template <class T, class Cfg>
 ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, uint32_t quad, float4 v) {
   constexpr uint32_t kQuads = Cfg::kRowTile / 8;
   int const lane = quad % 32, chunk = quad / (128 * kQuads);
   int const column = chunk * kChunkCols + quad % 128 / 32 * 16 + fragment_column<Cfg>(lane);
-  int const row = 8 * (quad / 128 % kQuads) + 2 * (lane & 3);
+  int const row = quad_row<Cfg>(quad);
   float const values[2][2] = {{v.x, v.z}, {v.y, v.w}};
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
@@ -102,9 +108,9 @@ struct SliceShare {
   float4 const *first, *others;  // quads of part 0; of part i > 0, kStep i further on
   int num_parts, end;            // of the piece; of the slice
   int quad0, width, blocks;      // block b is quad0 + b width
-  int group, groups;             // of the threads that share a quad's parts; groups <= parts
+  int group, groups, own_parts;  // of the threads that share a quad's parts; groups <= parts
 
-  ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread)  : num_parts(piece.num_parts) {
+  ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread) : num_parts(piece.num_parts) {
     EvenCut const cut(PartialBuffer<Cfg>::kQuads, num_parts);
     int const begin = cut.begin(piece.part), longest = cut.base + min(cut.longer, 1);
     int const log_width = min(8, max(3, 32 - __clz(longest - 1)));
@@ -112,6 +118,7 @@ struct SliceShare {
     width = 1 << log_width;
     group = thread >> log_width;
     groups = kConsumerThreads >> log_width;
+    own_parts = (num_parts - group + groups - 1) >> (31 - __clz(kConsumerThreads) - log_width);
     blocks = groups > 1 ? 1 : (longest + width - 1) >> log_width;
     quad0 = begin + (thread & (width - 1));
     first = buffer.quads(piece.first_slot);
@@ -126,9 +133,9 @@ struct SliceShare {
 // The weights (x and z) of a quad's rows in a part.
 template <class Cfg>
 ETAP_DEVICE float4 quad_weights(MergeScratch<Cfg> const& scratch, uint32_t part, uint32_t quad) {
-  uint32_t const row = 8 * (quad / 128 % (Cfg::kRowTile / 8)) + 2 * (quad & 3);
-  return *reinterpret_cast<float4 const*>(&scratch.stats[part][row]);
+  return *reinterpret_cast<float4 const*>(&scratch.stats[part][quad_row<Cfg>(quad)]);
 }
+ETAP_DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 ETAP_DEVICE float4 add_weighted(float4 acc, float4 v, float4 w) {
   return make_float4(fmaf(v.x, w.x, acc.x), fmaf(v.y, w.z, acc.y), fmaf(v.z, w.x, acc.z), fmaf(v.w, w.z, acc.w));
 }
@@ -150,19 +157,15 @@ template <class Cfg>
 ETAP_DEVICE float4 sum_groups(MergeScratch<Cfg>& scratch, int width, float4 acc, int thread) {
   ETAP_ROLLED
   for (int d = width; d < 32; d *= 2) {
-    float4 const v = make_float4(__shfl_down_sync(~0u, acc.x, d), __shfl_down_sync(~0u, acc.y, d),
-                                 __shfl_down_sync(~0u, acc.z, d), __shfl_down_sync(~0u, acc.w, d));
-    acc = make_float4(acc.x + v.x, acc.y + v.y, acc.z + v.z, acc.w + v.w);
+    acc = add(acc, make_float4(__shfl_down_sync(~0u, acc.x, d), __shfl_down_sync(~0u, acc.y, d),
+                               __shfl_down_sync(~0u, acc.z, d), __shfl_down_sync(~0u, acc.w, d)));
   }
   scratch.group_sum[thread] = acc;
   sync_consumers();
   int const step = max(width, 32);
   if (thread >= width) return acc;
   ETAP_ROLLED
-  for (int i = thread + step; i < kConsumerThreads; i += step) {
-    float4 const v = scratch.group_sum[i];
-    acc = make_float4(acc.x + v.x, acc.y + v.y, acc.z + v.z, acc.w + v.w);
-  }
+  for (int i = thread + step; i < kConsumerThreads; i += step) acc = add(acc, scratch.group_sum[i]);
   return acc;
 }
 
@@ -183,7 +186,7 @@ ETAP_DEVICE void await_statistics(PartialBuffer<Cfg> const& buffer, Piece const&
   await_copies();
   ETAP_ROLLED
   for (int i = thread; i < piece.num_parts * MergeScratch<Cfg>::kStatQuads; i += kConsumerThreads) {
-    if (!written(stats[i])) stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
+    stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
   }
 }
 
@@ -195,10 +198,9 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
                              RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
   constexpr int kStage = MergeScratch<Cfg>::kStage;
   ask_statistics(buffer, piece, scratch, thread);
-  SliceShare<Cfg> share(buffer, piece, thread);
+  SliceShare<Cfg> const share(buffer, piece, thread);
   // A round: so many parts of so many quads that they fit the stage.
-  int const own_parts = quotient_up(share.num_parts - share.group, share.groups);
-  int const round_parts = min(own_parts, kStage);
+  int const round_parts = min(share.own_parts, kStage);
   int round_blocks = kStage >> (32 - __clz(round_parts - 1)), part_step = round_parts * share.groups;
   keep(round_blocks), keep(part_step);
   await_statistics(buffer, piece, scratch, thread);

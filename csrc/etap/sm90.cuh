@@ -40,7 +40,10 @@ ETAP_DEVICE void sync_consumers() { NamedBarrier::arrive_and_wait(kConsumerThrea
 
 // Has a value worked out by here, and what follows from it after: the compiler puts off to behind a wait what could be
 // done before, and does at once what could be done meanwhile.
-ETAP_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)); }
+template <class Int>
+ETAP_DEVICE void keep(Int& x) {
+  asm volatile("" : "+r"(x));
+}
 
 // Barrier over `threads` threads that also returns the OR of a predicate.
 ETAP_DEVICE bool sync_or(uint32_t barrier, uint32_t threads, bool value) {
