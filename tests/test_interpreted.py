@@ -278,7 +278,7 @@ MOST = {
 def test_critical_path_of_a_short_launch(module: ModuleType) -> None:
     if not (version := etap_build.Nvcc.find().version).startswith("13.0"):
         pytest.skip(f"not run: the counts are nvcc 13.0's, this is {version}")
-    counts = path.stages(path.milestones(module))
+    counts = path.counted(module)
     assert counts.keys() == MOST.keys()
     assert {name: n for name, n in counts.items() if n > MOST[name]} == {}, "a microsecond is some 250 instructions"
     assert all(n > 0 for n in counts.values())

@@ -156,55 +156,27 @@ U integer_op(Op op, bool is_signed, U a, U b) {
   throw Error("integer operation");
 }
 
-bool compare(int mode, double a, double b) {  // of floats: modes 6 and up are true where one is NaN
-  bool const unordered = std::isnan(a) || std::isnan(b);
+template <class T>
+bool compare_ordered(int mode, T a, T b) {  // of integers, or of floats of which none is NaN
   switch (mode) {
     case 0:
       return a == b;
     case 1:
-      return !unordered && a != b;
+      return a != b;
     case 2:
       return a < b;
     case 3:
       return a <= b;
     case 4:
       return a > b;
-    case 5:
-      return a >= b;
-    case 6:
-      return unordered || a == b;
-    case 7:
-      return a != b;
-    case 8:
-      return unordered || a < b;
-    case 9:
-      return unordered || a <= b;
-    case 10:
-      return unordered || a > b;
-    case 11:
-      return unordered || a >= b;
-    case 12:
-      return !unordered;
     default:
-      return unordered;
+      return a >= b;
   }
 }
-template <class T>
-bool compare_integers(int mode, T a, T b) {
-  switch (mode) {
-    case 0:
-      return a == b;
-    case 1:
-      return a != b;
-    case 2:
-      return a < b;
-    case 3:
-      return a <= b;
-    case 4:
-      return a > b;
-    default:
-      return a >= b;
-  }
+bool compare(int mode, double a, double b) {  // of floats: modes 6 and up are true where one is NaN, but 12, num
+  bool const unordered = std::isnan(a) || std::isnan(b);
+  if (mode >= 12) return unordered != (mode == 12);
+  return unordered ? mode >= 6 : compare_ordered(mode % 6, a, b);
 }
 
 uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -568,9 +540,9 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
         else if (is_float(t))
           r = compare(i.mode, widen(t, uint16_t(a)), widen(t, uint16_t(b)));
         else if (is_signed(t))
-          r = compare_integers(i.mode, int64_t(extended(t, a)), int64_t(extended(t, b)));
+          r = compare_ordered(i.mode, int64_t(extended(t, a)), int64_t(extended(t, b)));
         else
-          r = compare_integers(i.mode, extended(t, a), extended(t, b));
+          r = compare_ordered(i.mode, extended(t, a), extended(t, b));
         bits |= uint32_t(r) << l;
       }
       uint32_t other = ~bits;

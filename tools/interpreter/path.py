@@ -82,13 +82,18 @@ def stages(found: Milestones) -> dict[str, int]:
     return counts
 
 
+def counted(module: ModuleType, batch: int = 16, schedules: int = 3) -> dict[str, int]:
+    """The least of each stage over some schedules: in some, results come late, and the merge looks for them again."""
+    runs = [stages(milestones(module, batch, seed)) for seed in range(schedules)]
+    return {name: min(run[name] for run in runs) for name in runs[0]}
+
+
 def main() -> None:
     """Prints the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16, choices=[1, 2, 4, 8, 16, 32, 64], help="default 16")
     batch = parser.parse_args().batch
-    found = stages(milestones(build.load(etap_build.ROOT / "build/interpreter"), batch))
-    for name, count in found.items():
+    for name, count in counted(build.load(etap_build.ROOT / "build/interpreter"), batch).items():
         print(f"{name:16} {count:6}")
 
 
