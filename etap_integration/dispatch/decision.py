@@ -137,16 +137,19 @@ def _value_reason(call: Call) -> str | None:
             return "cache_seqlens is an int and the queries are ragged"
         if not 0 <= lengths <= call.capacity:
             return "cache_seqlens exceeds the cache"
-    if torch.is_grad_enabled() and (
-        call.q_rope.requires_grad or call.q_nope.requires_grad or call.k_cache.requires_grad
-        or call.v_cache.requires_grad or any(getattr(x, "requires_grad", False) for x in _optional(call))
-    ):  # fmt: skip
-        return GRADIENTS
-    return None
+    needed = needs_gradients(
+        call.q_rope, call.q_nope, call.k_cache, call.v_cache, call.out, call.ckv_scale, call.kpe_scale
+    )
+    return GRADIENTS if needed else None
 
 
-def _optional(call: Call) -> tuple[Any, Any, Any]:
-    return call.out, call.ckv_scale, call.kpe_scale
+def needs_gradients(q: Tensor, qv: Tensor, k: Tensor, v: Tensor, out: Any, ckv_scale: Any, kpe_scale: Any) -> bool:
+    """Whether autograd would follow a call on these, of which the last three need not be tensors."""
+    return torch.is_grad_enabled() and (
+        q.requires_grad or qv.requires_grad or k.requires_grad or v.requires_grad
+        or getattr(out, "requires_grad", False)
+        or getattr(ckv_scale, "requires_grad", False) or getattr(kpe_scale, "requires_grad", False)
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

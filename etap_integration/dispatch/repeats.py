@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from etap_integration.dispatch.calls import Call, Normaliser
-from etap_integration.dispatch.decision import ACCEPTED, attention_key, index_key, slower
+from etap_integration.dispatch.decision import ACCEPTED, attention_key, index_key, needs_gradients, slower
 
 _ATTENTION, _INDEX = ("q_rope", "q_nope", "k_cache", "v_cache", "out", "ckv_scale", "kpe_scale"), (
     "page_table", "cache_seqlens", "cu_seqlens_q", "cache_batch_idx",
@@ -88,7 +87,7 @@ class Form:
             facts = self._known.get((attention_key(*attention), self._index_number(tensors), plain))
         except (AttributeError, TypeError):  # a number in a tensor's place, a value that cannot be hashed
             return None
-        if facts is None or (torch.is_grad_enabled() and _need_gradients(*attention)):
+        if facts is None or needs_gradients(*attention):
             return None
         return facts, attention + tensors
 
@@ -137,14 +136,6 @@ class Form:
         earlier = self._known.get(key)
         if earlier is None or earlier.run is None:  # a rule may send away what ran before
             self._known[key] = facts
-
-
-def _need_gradients(q, qv, k, v, out, ckv_scale, kpe_scale) -> bool:
-    return (
-        q.requires_grad or qv.requires_grad or k.requires_grad or v.requires_grad
-        or (out is not None and out.requires_grad)
-        or (ckv_scale is not None and ckv_scale.requires_grad) or (kpe_scale is not None and kpe_scale.requires_grad)
-    )  # fmt: skip
 
 
 def _nothing() -> None:
