@@ -44,6 +44,11 @@ def _without_libraries(arguments: list[str]) -> list[str]:
     return kept
 
 
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
+
+
 @app.command()
 def run(
     grid: Annotated[str, typer.Option(help=f"What to measure: {', '.join(grids.GRIDS)}.")] = "bars",
@@ -94,8 +99,7 @@ def run(
         sources = sources or records.sources_hash()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
+    _need_gpu()
 
     label, path = _labelled(library[0]) if library else (None, DEFAULT_LIBRARY)
     try:
@@ -224,8 +228,7 @@ def show_trace(
         problems = [Problem(batch, n, heads, 1, page_size, kv_dtype) for n in kv_len or (512, 4096, 65536)]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("measuring needs a Hopper GPU, and torch sees no GPU at all")
+    _need_gpu()
     if not library.is_file():
         raise typer.BadParameter(f"{library} does not exist", param_hint="--library")
     sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
