@@ -280,7 +280,9 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   } else {
     sync_group(st.group);  // the chunks may be written again
     RowTarget const* const rows = smem.control.rows[piece.table];
-    if (st.group == 0 && st.warp == 0 && st.lane < 4) {
+    int lane = st.lane;
+    keep(lane);  // else the condition is worked out before the first tile, and spilled
+    if (st.group == 0 && st.warp == 0 && lane < 4) {
 #pragma unroll
       for (int i = 0; i < kStats; ++i) write_lse(p, rows[st.row_of(i)], st.reference[i], st.sum[i]);
     }
