@@ -269,9 +269,10 @@ def test_as_many_requests_as_a_gpu_has_sms(batch: int, interpreted: Interpreted)
     check(Problem(lengths=lengths, heads=8 if batch % 2 else 16, page_size=64, seed=batch), calls=1)
 
 
-# Of nvcc 13.0, some 8% above what they were when this was written; v13 had 306, 206, 176, 117, 358, 1069.
+# Of nvcc 13.0, some 8% above what they were when this was written.
 MOST = {
-    "plan": 305, "first copy": 205, "query asked for": 125, "query stored": 125, "results stored": 275, "merge": 480,
+    "plan": 350, "first copy": 175, "first page": 118, "query asked for": 118, "query stored": 125, "results stored": 275,
+    "merge": 510,
 }  # fmt: skip
 
 

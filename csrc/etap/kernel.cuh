@@ -1,8 +1,8 @@
 // The ETAP MLA decode kernel: persistent, one CTA per SM, one producer and two consumer warpgroups.
 //
 //   producer      lens -> plan | rope, latent 0..7 of tile 0 | tile 1 | tile 2 | ...
-//   consumer 0                 | QK(0) softmax PV(0)         | QK(2) softmax PV(2) | ... exchange, store
-//   consumer 1                 |         QK(1) softmax PV(1) | QK(3) ...           | ... exchange, store
+//   consumer 0    prefetch     | QK(0) softmax PV(0)         | QK(2) softmax PV(2) | ... exchange, store
+//   consumer 1    prefetch     |         QK(1) softmax PV(1) | QK(3) ...           | ... exchange, store
 //   all consumers              merge of the rows that several CTAs hold parts of
 //
 // With 64 rows both consumers work on every tile, and nothing is exchanged at the end.
@@ -34,6 +34,28 @@ ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
   prefetch_l2(static_cast<uint16_t const*>(latent ? p.q_nope : p.q_rope) + at + part % kLines * 64);
 }
 
+// Likewise, of the cache, the first tile that this CTA will read if all requests are equally long: memory is at work before
+// the plan is made. If they are not, it is another CTA that reads it.
+template <class Cfg>
+ETAP_DEVICE void prefetch_tile(MlaDecodeParams const& p, int thread) {
+  constexpr int kLines = kLatentDim * Cfg::kElementBytes / 128;
+  int ctas;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));  // gridDim.x would be kept until the merge, spilled
+  int const each = max(1, quotient(ctas, max(1, p.batch))), request = quotient(blockIdx.x, each);
+  if (request >= p.batch) return;
+  int const len = cache_len(p, request), tiles = (len + kTileKeys - 1) / kTileKeys;
+  int const key = EvenCut(tiles, each).begin(blockIdx.x - request * each) * kTileKeys + thread / 4;
+  if (key >= len) return;
+  KeyPlace const place = locate_key(p, request, page_row(p, request), key);
+  auto const row = [&](void const* base, int64_t page_stride, int64_t row_stride) {
+    return static_cast<uint8_t const*>(base) + (place.page * page_stride + place.row * row_stride) * Cfg::kElementBytes;
+  };
+  uint8_t const* const latent = row(p.ckv, p.ckv_page_stride, p.ckv_row_stride) + thread % 4 * 128;
+#pragma unroll
+  for (int i = 0; i < kLines; i += 4) prefetch_l2(latent + i * 128);
+  if (thread % 4 == 0) prefetch_l2(row(p.kpe, p.kpe_page_stride, p.kpe_row_stride));
+}
+
 template <class Cfg>
 ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
   if (lane < Cfg::kRing) {
@@ -54,6 +76,50 @@ ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   cutlass::arch::fence_barrier_init();
 }
 
+// A piece's query and its tiles. Returns the number of the chunk behind its last, since launch.
+template <class T, class Cfg>
+ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                              PieceInfo const& piece, int thread, bool first) {
+  int piece_thread = thread;
+  keep(piece_thread);  // else addresses that it gives are kept, spilled, from piece to piece
+  RowTarget* const rows = smem.control.rows[piece.table];
+  if constexpr (Cfg::kE4m3) {
+    target_rows<Cfg>(p, rows, piece, piece_thread);
+    if constexpr (Cfg::kGroups) {
+      load_query_groups<T>(p, smem, piece, piece_thread);
+    } else {
+      load_query_e4m3<T>(p, smem, piece, piece_thread);
+    }
+  } else {
+    QueryVectors<Cfg> const query(p, piece, piece_thread);
+    target_rows<Cfg>(p, rows, piece, piece_thread);
+    query.store(smem, piece_thread);
+  }
+  MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
+  int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
+  sync_consumers();
+  trace(kQueryThere, first && thread == 0);
+  st.reset();
+  if constexpr (Cfg::kGroups) {
+    consume_tiles_groups<T>(p, smem, st, piece);
+  } else if constexpr (Cfg::kE4m3) {
+    consume_tiles_e4m3(p, smem, st, piece, mask);
+  } else if constexpr (Cfg::kWide) {
+    ETAP_ROLLED
+    for (int i = 0; i < tiles; ++i) {
+      consume_tile_wide<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i);
+    }
+  } else {
+    ETAP_ROLLED
+    for (int i = st.group; i < tiles; i += kConsumerGroups) {
+      consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
+    }
+  }
+  trace(kTilesDone, thread == 0);
+  if constexpr (Cfg::kGroups) return piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
+  return chunk + tiles * Cfg::kRingTile;
+}
+
 template <class T, class Cfg>
 ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int group, int warp, int lane) {
   int const thread = group * 128 + warp * 32 + lane;
@@ -63,44 +129,7 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
   for (int index = 0;; ++index) {
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
-    int piece_thread = thread;
-    keep(piece_thread);  // else addresses that it gives are kept, spilled, from piece to piece
-    RowTarget* const rows = smem.control.rows[piece.table];
-    if constexpr (Cfg::kE4m3) {
-      target_rows<Cfg>(p, rows, piece, piece_thread);
-      if constexpr (Cfg::kGroups) {
-        load_query_groups<T>(p, smem, piece, piece_thread);
-      } else {
-        load_query_e4m3<T>(p, smem, piece, piece_thread);
-      }
-    } else {
-      QueryVectors<Cfg> const query(p, piece, piece_thread);
-      target_rows<Cfg>(p, rows, piece, piece_thread);
-      query.store(smem, piece_thread);
-    }
-    MaskBounds const mask{piece.len, piece.row_tile * Cfg::kRowTile, piece.len - piece.q_len};
-    int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
-    sync_consumers();
-    trace(kQueryThere, index == 0 && thread == 0);
-    st.reset();
-    if constexpr (Cfg::kGroups) {
-      consume_tiles_groups<T>(p, smem, st, piece);
-    } else if constexpr (Cfg::kE4m3) {
-      consume_tiles_e4m3(p, smem, st, piece, mask);
-    } else if constexpr (Cfg::kWide) {
-      ETAP_ROLLED
-      for (int i = 0; i < tiles; ++i) {
-        consume_tile_wide<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i);
-      }
-    } else {
-      ETAP_ROLLED
-      for (int i = group; i < tiles; i += kConsumerGroups) {
-        consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
-      }
-    }
-    trace(kTilesDone, thread == 0);
-    int lent = chunk + tiles * Cfg::kRingTile;
-    if constexpr (Cfg::kGroups) lent = piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
+    int const lent = consume_tiles<T>(p, smem, st, piece, thread, index == 0);
     if constexpr (Cfg::kWide) {
       finish_piece_wide<T>(p, smem, piece, st);
     } else {
@@ -114,6 +143,38 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
   trace(kEnded, thread == 0);
 }
 
+// The producer warpgroup until there is work: the plan, and what it finds ready. Returns where the first box lies that
+// the lane looks up, in the warp that plans.
+template <class Cfg>
+ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
+                             SharedStorage<Cfg>& smem, int warp, int lane) {
+  KeyPlace first{0, 0};
+  if (warp == 0) {
+    plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
+      if (p.box_rows) first = BoxLane(p, lane).look_up(p, piece.request, page_row(p, piece.request), len, piece.begin);
+    });
+    __syncwarp();
+    trace(kPlanned, lane == 0);
+    NamedBarrier::arrive(kThreads, kBarrierStart);
+    NamedBarrier::sync(128, kBarrierInit);  // with warps 1 to 3, long done
+    return first;
+  }
+  if (warp == 1) {
+    init_barriers(p, smem, lane);
+  } else if (warp == 3) {
+    uint32_t const epoch = read_epoch(p);
+    if (lane == 0 && p.box_rows) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
+    }
+    prefetch_page_table(p, lane);
+    if (lane == 0) smem.control.epoch = epoch;
+  }
+  NamedBarrier::arrive(128, kBarrierInit);
+  NamedBarrier::sync(kThreads, kBarrierStart);
+  return first;
+}
+
 template <class T, class Cfg>
 __global__ void __launch_bounds__(kThreads, 1)
     mla_decode_kernel(__grid_constant__ MlaDecodeParams const p, __grid_constant__ CUtensorMap const ckv_map,
@@ -121,40 +182,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t shared_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(shared_bytes);
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
-  bool const plans = warp == 0, rehearses = warp == 2 && p.batch <= kMostOwned;
-  trace(kStarted, plans && lane == 0);
-  if (plans || rehearses) plan_launch<Cfg>(p, plan_control(smem, rehearses), lane, rehearses);
-  __syncwarp();
-  if (plans) {
-    trace(kPlanned, lane == 0);
-    NamedBarrier::arrive(kThreads, kBarrierStart);
-    NamedBarrier::sync(128, kBarrierInit);  // with warps 1 to 3, long done
-  } else {
-    if (warp == 1) {
-      init_barriers(p, smem, lane);
-    } else if (warp == 2) {
-      cutlass::arch::fence_view_async_shared();  // before TMA writes the ring
-    } else if (warp == 3) {
-      uint32_t const epoch = read_epoch(p);
-      if (lane == 0 && p.box_rows) {
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
-        cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
-      }
-      prefetch_page_table(p, lane);
-      if (lane == 0) smem.control.epoch = epoch;
-    } else if (warp == 4) {
-      prefetch_query(p, lane);
-    }
-    if (warp < 4) NamedBarrier::arrive(128, kBarrierInit);
-    NamedBarrier::sync(kThreads, kBarrierStart);
-  }
+  trace(kStarted, warp == 0 && lane == 0);
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Cfg::kProducerRegisters>();
+    KeyPlace const first = prepare(p, ckv_map, kpe_map, smem, warp, lane);
     if (warp == 3) write_empty_requests(p, lane);
-    produce(p, ckv_map, kpe_map, smem, warp, lane);
+    produce(p, ckv_map, kpe_map, smem, first, warp, lane);
     if (warp == 0) turn_workspace<Cfg>(p, smem.control.epoch, lane);
   } else {
+    if (warp == 4) prefetch_query(p, lane);  // first: the sooner
+    prefetch_tile<Cfg>(p, threadIdx.x - 128);
     cutlass::arch::warpgroup_reg_alloc<Cfg::kConsumerRegisters>();
+    NamedBarrier::sync(kThreads, kBarrierStart);
     consume<T>(p, smem, warp / 4 - 1, warp % 4, lane);
   }
 }

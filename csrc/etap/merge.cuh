@@ -140,16 +140,17 @@ ETAP_DEVICE float4 add_weighted(float4 acc, float4 v, float4 w) {
   return make_float4(fmaf(v.x, w.x, acc.x), fmaf(v.y, w.z, acc.y), fmaf(v.z, w.x, acc.z), fmaf(v.w, w.z, acc.w));
 }
 
-// The sum over a quad's parts, waiting for each; for where a sum was no number, whether it is none or came too early.
+// Asks again for those of a quad's staged parts that were not there yet; whether there were any.
 template <class Cfg>
-ETAP_DEVICE float4 await_sum(MergeScratch<Cfg> const& scratch, SliceShare<Cfg> const& share, int quad) {
-  float4 acc = make_float4(0, 0, 0, 0);
+ETAP_DEVICE bool ask_again(SliceShare<Cfg> const& share, float4* stage, int part, int part_end, int quad) {
+  bool missing = false;
   ETAP_ROLLED
-  for (int part = share.group; part < share.num_parts; part += share.groups) {
-    float4 const* const from = share.at(part, quad);
-    acc = add_weighted(acc, await_written(load_relaxed(from), from), quad_weights(scratch, part, quad));
+  for (; part < part_end; part += share.groups, stage += kConsumerThreads) {
+    if (written(*stage)) continue;
+    copy_async(stage, share.at(part, quad));
+    missing = true;
   }
-  return acc;
+  return missing;
 }
 
 // The sum of the threads that share a quad's parts, in the first group's.
@@ -192,7 +193,7 @@ ETAP_DEVICE void await_statistics(PartialBuffer<Cfg> const& buffer, Piece const&
 
 // This CTA's slice of a piece's rows. What can be is worked out while something is on its way: instructions are what
 // this takes its time for. Partial results are read once their statistics are there, then most likely all at once; a
-// word that was not there yet makes its sum no number.
+// word that was not there yet makes its sum no number, and is asked for again.
 template <class T, class Cfg>
 ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
                              RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
@@ -229,17 +230,23 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
         weighed = true;
       }
       await_copies();
-      float4 const* from = &scratch.stage[0][thread];
+      float4* from = &scratch.stage[0][thread];
       ETAP_ROLLED
       for (int block = block0; block < block_end; ++block) {
         int quad = share.quad(block);
-        ETAP_ROLLED
-        for (int part = part0; part < part_end; part += share.groups, from += kConsumerThreads) {
-          acc = add_weighted(acc, *from, quad_weights(scratch, part, quad));
+        float4 const before = acc;
+        float4* const quads = from;
+        while (true) {
+          ETAP_ROLLED
+          for (int part = part0; part < part_end; part += share.groups, from += kConsumerThreads) {
+            acc = add_weighted(acc, *from, quad_weights(scratch, part, quad));
+          }
+          if (!isnan(acc.x + acc.y + acc.z + acc.w) || !ask_again(share, quads, part0, part_end, quad)) break;
+          await_copies();
+          acc = before, from = quads;
         }
         if (part_end < share.num_parts) continue;
         keep(quad);
-        if (isnan(acc.x + acc.y + acc.z + acc.w)) acc = await_sum(scratch, share, quad);
         if (share.groups > 1) break;  // its one block
         if (share.quad0 + block * share.width < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, acc);
         acc = make_float4(0, 0, 0, 0);

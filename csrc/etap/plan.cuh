@@ -93,32 +93,22 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
   __syncwarp();
 }
 
-// Instructions have to be fetched, too: a plan takes 2.0 us the first time in a launch, 0.8 the second, of which the
-// lengths' latency is a part. So another warp runs through it while the first waits for the lengths, with made-up ones;
-// what it finds goes to ring chunks, idle still.
-template <class Cfg>
-ETAP_DEVICE Control<Cfg>& plan_control(SharedStorage<Cfg>& smem, bool rehearsal) {
-  uint32_t const ring = shared_address(&smem), own = shared_address(&smem.control);
-  int address = rehearsal ? ring + (own - ring) % 1024 : own;
-  keep(address);  // else each address is chosen anew
-  return *static_cast<Control<Cfg>*>(__cvta_shared_to_generic(address));
-}
-
 // Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together. The
 // plan of more reads lengths again and again.
 constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 
-// Makes the plan and this CTA's first piece.
-template <class Cfg>
-ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, bool rehearsal) {
+// Makes the plan and this CTA's first piece, if it has one. found(piece, keys of its request) is called by all lanes,
+// before the piece is written for the CTA's other warps.
+template <class Cfg, class Found>
+ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, Found&& found) {
   bool const owned = p.batch <= kMostOwned;
   int const each = owned ? (p.batch + 31) / 32 : 0, first = lane * each;
   int own_len[kOwnRequests], own_query[kOwnRequests];
   auto const ask = [&](int i) {
     own_len[i] = own_query[i] = 0;
     if (i < each && first + i < p.batch) {
-      own_len[i] = rehearsal ? min(p.capacity, 4096) : cache_len(p, first + i);
-      own_query[i] = rehearsal ? 1 : query_len(p, first + i);
+      own_len[i] = cache_len(p, first + i);
+      own_query[i] = query_len(p, first + i);
     }
   };
   // What is about a lane's second request and the next is passed over in one step where there are none.
@@ -164,11 +154,12 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   if (plan.share && owned) {  // the common short case: the request's own lane has all it takes
     int const end = inclusive_sum(own_sum, lane);
     int prefix = end - own_sum;
-    if (lane == 0) {
-      control.cursor.next_tile = control.cursor.end_tile = 0;  // no second piece
-      if (cta >= plan.num_ctas) write_end<Cfg>(control, 0);
+    if (lane == 0) control.cursor.next_tile = control.cursor.end_tile = 0;  // no second piece
+    int const owner = __ffs(__ballot_sync(~0u, cta >= prefix && cta < end)) - 1;
+    if (owner < 0) {
+      if (lane == 0) write_end<Cfg>(control, 0);
+      return;
     }
-    if (cta < prefix || cta >= end) return;
     int request = first, len = own_len[0], ctas = own_ctas[0];
     RequestWork work = own[0];
     if (each > 1) {
@@ -179,10 +170,14 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
         request = first + i, len = own_len[i], ctas = own_ctas[i], work = own[i];
       }
     }
-    write_piece<Cfg>(p, control, 0, aligned_piece(work, request, prefix, ctas, cta), len);
+    auto const share_out = [&](int& v) { v = __shfl_sync(~0u, v, owner); };
+    share_out(request), share_out(len), share_out(prefix), share_out(ctas), share_out(work.tiles);
+    share_out(work.row_tiles);
+    Piece const piece = aligned_piece(work, request, prefix, ctas, cta);
+    found(piece, len);
+    if (lane == 0) write_piece<Cfg>(p, control, 0, piece, len);
     return;
   }
-  if (rehearsal) return;  // what follows goes by lengths in memory, which are not those of this plan
   int request = 0, prefix = 0;
   if (cta < plan.num_ctas) {
     bool const small = p.batch <= 32;
@@ -191,6 +186,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   }
   PieceCursor cursor(plan, cta, request, prefix);
   next_piece<Cfg>(p, control, cursor, 0, lane);
+  if (cta < plan.num_ctas) found(control.piece[0], control.piece[0].len);
 }
 
 // Hands the pieces to the CTA's warps, in order. The first was worked out with the plan.
@@ -205,11 +201,16 @@ ETAP_DEVICE void post_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
   if (lane == 0) smem.control.piece_full[index % kPieceBuffers].arrive();
 }
 
-// The index-th piece of this CTA; every reader calls release_piece when it is done with it.
+// The index-th piece of this CTA, for the warp that posted it.
 template <class Cfg>
-ETAP_DEVICE PieceInfo const& await_piece(SharedStorage<Cfg>& smem, int index) {
-  smem.control.piece_full[index % kPieceBuffers].wait(index / kPieceBuffers & 1);
+ETAP_DEVICE PieceInfo const& posted_piece(SharedStorage<Cfg> const& smem, int index) {
   return smem.control.piece[index % kPieceBuffers];
+}
+// Likewise, for the others; every reader calls release_piece when it is done with it.
+template <class Cfg>
+ETAP_DEVICE PieceInfo const& await_piece(SharedStorage<Cfg> const& smem, int index) {
+  smem.control.piece_full[index % kPieceBuffers].wait(index / kPieceBuffers & 1);
+  return posted_piece(smem, index);
 }
 template <class Cfg>
 ETAP_DEVICE void release_piece(SharedStorage<Cfg>& smem, int index, int lane) {

@@ -32,26 +32,37 @@ ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int const
   return {__ldg(pages + entry), row};
 }
 
-// Lane i looks up the i-th box of a round of boxes. What a chunk costs here, from the wait to the copy, delays every
-// refill of the ring: a longer loop was 18% slower at 64K keys on the emulated H20.
+// TMA: lane i looks up the i-th box of a round of boxes.
+struct BoxLane {
+  int log_boxes;   // per tile: 1, 2, 4 or 8 boxes
+  int tile, row;   // of the lane's box: tile of the round, row of the tile
+
+  ETAP_DEVICE BoxLane(MlaDecodeParams const& p, int lane) {
+    int log_rows = 31 - __clz(p.box_rows);
+    keep(log_rows);  // else what follows from it is kept from piece to piece, and other things spilled
+    log_boxes = 31 - __clz(kTileKeys) - log_rows;
+    tile = lane >> log_boxes;
+    row = (lane & ((1 << log_boxes) - 1)) << log_rows;
+  }
+  // The lane's box in the round that begins with tile `first`. Boxes past the length get a row past the page, for which
+  // TMA writes zeros without reading.
+  ETAP_DEVICE KeyPlace look_up(MlaDecodeParams const& p, int request, int const* pages, int len, int first) const {
+    int const key = (first + tile) * kTileKeys + row;
+    return key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
+  }
+};
+
+// What a chunk costs here, from the wait to the copy, delays every refill of the ring: a longer loop was 18% slower at
+// 64K keys on the emulated H20. `next`: of the first round.
 template <class Cfg>
 ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
-                                SharedStorage<Cfg>& smem, PieceInfo const& piece, RingPosition<Cfg>& at, int lane) {
+                                SharedStorage<Cfg>& smem, PieceInfo const& piece, KeyPlace next, RingPosition<Cfg>& at,
+                                int lane) {
   constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  int log_rows = 31 - __clz(p.box_rows);
-  keep(log_rows);  // else what follows from it is kept from piece to piece, and other things spilled
-  int const log_boxes = 31 - __clz(kTileKeys) - log_rows;
-  int const boxes = 1 << log_boxes;  // per tile: 1, 2, 4 or 8
-  int const tiles_per_round = 32 >> log_boxes;
-  int const lane_tile = lane >> log_boxes, row_in_tile = (lane & (boxes - 1)) << log_rows;
+  BoxLane const own(p, lane);
+  int const boxes = 1 << own.log_boxes, tiles_per_round = 32 >> own.log_boxes;
   int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
   int const* const pages = piece.pages;
-  auto const look_up = [&](int first) {
-    int const key = (first + lane_tile) * kTileKeys + row_in_tile;
-    // Boxes past the length get a row past the page, for which TMA writes zeros without reading.
-    return key < len ? locate_key(p, request, pages, key) : KeyPlace{0, p.page_size};
-  };
-  KeyPlace next = look_up(begin);
   ETAP_ROLLED
   for (int first = begin; first < end; first += tiles_per_round) {
     KeyPlace const box = next;
@@ -59,7 +70,8 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
     int const count = min(tiles_per_round, end - first);
     ETAP_ROLLED
     for (int tile = 0; tile < count; ++tile) {
-      if (tile == 1) next = look_up(first + tiles_per_round);  // behind the first copies; a round has 4 tiles or more
+      // Behind the first copies; a round has 4 tiles or more.
+      if (tile == 1) next = own.look_up(p, request, pages, len, first + tiles_per_round);
       if (boxes == 1) {
         int const row = __shfl_sync(~0u, box.row, tile), page = __shfl_sync(~0u, box.page, tile);
         if (cute::elect_one_sync()) {
@@ -87,10 +99,10 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CUtensorMap const& ckv
           smem.control.full[at.slot].arrive_and_expect_tx(chunk < 0 ? Cfg::kRopeBytes : kChunkBytes);
         }
         __syncwarp();
-        if (lane_tile == tile) {
+        if (own.tile == tile) {
           cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &kpe_map : &ckv_map,
                                        reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]), kHint,
-                                       smem.ring[at.slot] + row_in_tile * (chunk < 0 ? Cfg::kRopeRowBytes : 128),
+                                       smem.ring[at.slot] + own.row * (chunk < 0 ? Cfg::kRopeRowBytes : 128),
                                        chunk < 0 ? 0 : Cfg::latent_column(chunk, (first + tile - begin) & 1), box.row,
                                        box.page);
         }
@@ -293,7 +305,7 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
 
 template <class Cfg>
 ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
-                         SharedStorage<Cfg>& smem, int warp, int lane) {
+                         SharedStorage<Cfg>& smem, KeyPlace first, int warp, int lane) {
   bool const gather = p.box_rows == 0;
   if (!gather && warp > 0) {
     if constexpr (Cfg::kGroups) {
@@ -305,10 +317,11 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
   ETAP_ROLLED
   for (int index = 0;; ++index) {
     if (warp == 0) post_piece(p, smem, index, lane);
-    PieceInfo const& piece = await_piece(smem, index);
+    PieceInfo const& piece = warp == 0 ? posted_piece(smem, index) : await_piece(smem, index);
     if (piece.request < 0) break;
     if (!gather) {
-      load_piece_tma(p, ckv_map, kpe_map, smem, piece, at, lane);
+      if (index > 0) first = BoxLane(p, lane).look_up(p, piece.request, piece.pages, piece.len, piece.begin);
+      load_piece_tma(p, ckv_map, kpe_map, smem, piece, first, at, lane);
     } else {
       int thread = warp * 32 + lane;
       keep(thread);  // else what follows from it is kept from piece to piece, and other things spilled

@@ -65,7 +65,8 @@ def stages(found: Milestones) -> dict[str, int]:
     }
     for warp in _CONSUMERS:
         mine = _of(found, warp)
-        asked = _first(mine, lambda text: text.startswith("ld.global.nc"))
+        prefetched = _first(mine, lambda text: text.startswith("mbarrier.try_wait"))
+        asked = _first(mine, lambda text: text.startswith("ld.global.nc"), prefetched)
         there = _first(mine, bar, asked)
         computed = _last(mine, lambda text: text.startswith("wgmma.wait_group"), 1 << 60)
         stored = _last(mine, lambda text: text.startswith("st.relaxed"), 1 << 60)
@@ -73,6 +74,7 @@ def stages(found: Milestones) -> dict[str, int]:
         statistics = _first(mine, bar, merging + 1)
         end = mine[-1][0]
         own = {
+            "first page": _last(mine, lambda text: text.startswith("ld.global"), prefetched),
             "query asked for": asked - _last(mine, lambda text: text.startswith("mbarrier.try_wait"), asked),
             "query stored": there - asked,
             "results stored": stored - computed,
