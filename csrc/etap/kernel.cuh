@@ -26,12 +26,16 @@ ETAP_DEVICE void prefetch_page_table(MlaDecodeParams const& p, int thread) {
 // Likewise the queries: of each row, the latent part's 8 lines and the rope part's.
 ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
   constexpr int kLines = kLatentDim * 2 / 128, kRowLines = kLines + 1;
-  int const line = thread * gridDim.x + blockIdx.x, row = line / kRowLines, part = line % kRowLines;
-  int const rows_each = p.q_len * p.num_heads, request = p.cu_seqlens_q ? 0 : row / rows_each;  // ragged: all as one's
-  if (row >= (p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] * p.num_heads : p.batch * rows_each)) return;
-  bool const latent = part < kLines;
-  int64_t const at = row_offset(p, latent ? p.q_nope_stride : p.q_rope_stride, request, 0, row - request * rows_each);
-  prefetch_l2(static_cast<uint16_t const*>(latent ? p.q_nope : p.q_rope) + at + part % kLines * 64);
+  int const rows_each = p.q_len * p.num_heads;
+  int const rows = p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] * p.num_heads : p.batch * rows_each;
+  ETAP_ROLLED
+  for (int line = thread * gridDim.x + blockIdx.x; line < rows * kRowLines; line += kConsumerThreads * gridDim.x) {
+    int const row = line / kRowLines, part = line % kRowLines;
+    int const request = p.cu_seqlens_q ? 0 : row / rows_each;  // ragged: all as one's
+    bool const latent = part < kLines;
+    int64_t const at = row_offset(p, latent ? p.q_nope_stride : p.q_rope_stride, request, 0, row - request * rows_each);
+    prefetch_l2(static_cast<uint16_t const*>(latent ? p.q_nope : p.q_rope) + at + part % kLines * 64);
+  }
 }
 
 // Likewise, of the cache, the first tile that this CTA will read if all requests are equally long: memory is at work before
@@ -41,10 +45,13 @@ ETAP_DEVICE void prefetch_tile(MlaDecodeParams const& p, int thread) {
   constexpr int kLines = kLatentDim * Cfg::kElementBytes / 128;
   int ctas;
   asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));  // gridDim.x would be kept until the merge, spilled
-  int const each = max(1, quotient(ctas, max(1, p.batch))), request = quotient(blockIdx.x, each);
+  if (p.batch == 0) return;
+  auto const tiles_of = [](int len) { return (len + kTileKeys - 1) / kTileKeys; };
+  int const any = tiles_of(cache_len(p, min(int(blockIdx.x), p.batch - 1)));
+  int const each = max(1, quotient(ctas_of(any * p.batch, p.batch, ctas), p.batch)), request = quotient(blockIdx.x, each);
   if (request >= p.batch) return;
-  int const len = cache_len(p, request), tiles = (len + kTileKeys - 1) / kTileKeys;
-  int const key = EvenCut(tiles, each).begin(blockIdx.x - request * each) * kTileKeys + thread / 4;
+  int const len = cache_len(p, request);
+  int const key = EvenCut(tiles_of(len), each).begin(blockIdx.x - request * each) * kTileKeys + thread / 4;
   if (key >= len) return;
   KeyPlace const place = locate_key(p, request, page_row(p, request), key);
   auto const row = [&](void const* base, int64_t page_stride, int64_t row_stride) {
@@ -190,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     produce(p, ckv_map, kpe_map, smem, first, warp, lane);
     if (warp == 0) turn_workspace<Cfg>(p, smem.control.epoch, lane);
   } else {
-    if (warp == 4) prefetch_query(p, lane);  // first: the sooner
+    prefetch_query(p, threadIdx.x - 128);  // first, for it takes no length
     prefetch_tile<Cfg>(p, threadIdx.x - 128);
     cutlass::arch::warpgroup_reg_alloc<Cfg::kConsumerRegisters>();
     NamedBarrier::sync(kThreads, kBarrierStart);

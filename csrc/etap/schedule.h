@@ -88,10 +88,19 @@ struct Piece {      // in this order, nvcc 13.0 spills nothing on its way to sha
   ETAP_HD int slot(int i) const { return i == 0 ? first_slot : 2 * (first_cta + i); }
 };
 
+// Of few tiles, fewer CTAs have more each: fewer partial results to merge, and 64 SMs draw nearly all that memory gives.
+constexpr int kFewTiles = 512, kFewCtas = 64;
+
+// CTAs of a launch that its work is divided over, at most.
+ETAP_HD int ctas_of(int tiles, int virtual_requests, int grid) {
+  return tiles <= kFewTiles && virtual_requests <= kFewCtas ? min_int(grid, kFewCtas) : grid;
+}
+
 // ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike.
 template <class CtasFor>
 ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, CtasFor&& ctas_for) {
   Plan plan;
+  grid = ctas_of(totals.tiles, totals.virtual_requests, grid);
   plan.total_tiles = totals.tiles;
   plan.num_ctas = min_int(grid, totals.tiles);
   plan.share = 0;
