@@ -296,15 +296,21 @@ def test_patched_module_is_left_alone(module: ModuleType, options: dict[str, Any
     assert wrapper.run(*step.split()) == "upstream" and not status().fallbacks and status().etap_calls == 0
     wrapper._planned_backend = SimpleNamespace(_cached_module=object())  # later releases: not the patched one
     assert wrapper.run(*step.split()).shape == (5, 8, 512)
-    with patched(NAME, **options, strict=True, max_rows=64):  # more rows only by switch.set_max_rows
+    with patched(NAME, **options, strict=True, max_rows=8):
+        pass
+    with patched(NAME, **options, only_where_faster=False):
         pass
     disable()
     assert set_to == [
-        ("rows", 24),
+        ("rows", None),
+        ("mode", "auto"),
+        ("rows", 8),
+        ("mode", "always"),
+        ("rows", None),
         ("mode", "auto"),
         ("rows", 32),
-        ("mode", "always"),
-        ("rows", 24),
+        ("mode", "auto"),
+        ("rows", None),
         ("mode", "auto"),
         ("mode", "never"),
     ]

@@ -433,7 +433,9 @@ def test_switch_and_counts(adapter: Adapter) -> None:
 def test_row_limit(adapter: Adapter) -> None:
     assert adapter.c.etap_flashinfer_set_max_rows(16) == 64
     assert adapter.run() == {"taken": False}
-    assert adapter.c.etap_flashinfer_set_max_rows(-1) == -1
+    assert adapter.c.etap_flashinfer_set_max_rows(-2) == -2
+    assert adapter.c.etap_flashinfer_set_max_rows(-1) == 16  # by the cache's dtype
+    assert adapter.c.etap_flashinfer_set_max_rows(0) == -1
 
 
 def test_module_says_its_name(adapter: Adapter) -> None:

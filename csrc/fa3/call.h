@@ -64,7 +64,7 @@ constexpr char const* kReasons[] = {
     "descale: q_descale beside 16-bit queries, or k_descale or v_descale not float32 (batch, 1) on the GPU",
     "q, qv or out: rows are not 16-byte aligned",
     "sm_margin: leaves no SM",
-    "upstream is faster: more than 32 rows, or more than 16 and at most 4 requests",
+    "upstream is faster: more than 32 rows",
 };
 constexpr int kNumReasons = sizeof(kReasons) / sizeof(kReasons[0]);
 static_assert(kNumReasons == static_cast<int>(Reason::kSlower) + 1);
@@ -95,12 +95,9 @@ inline bool rows_aligned(void const* data, RowStrides const& stride, MlaDecodePa
          (one_token || stride.token % 8 == 0) && (p.num_heads <= 1 || stride.head % 8 == 0);
 }
 
-// Measured: etap_integration/dispatch/decision.py has the same rules, with figures.
+// Measured: etap_integration/dispatch/decision.py has the same rule, with figures.
 inline bool upstream_is_faster(Call const& c) {
-  if (c.cache_is_e4m3) return false;
-  MlaDecodeParams const& p = c.params;
-  int64_t const rows = int64_t(p.num_heads) * p.q_len;
-  return rows > 32 || (rows > 16 && p.batch <= 4);
+  return !c.cache_is_e4m3 && int64_t(c.params.num_heads) * c.params.q_len > 32;
 }
 
 // kTaken if ETAP can run the call, else why not. max_rows: the most query rows (tokens x heads) per request.

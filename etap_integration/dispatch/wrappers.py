@@ -29,6 +29,8 @@ from etap_integration.flashinfer import jit, switch
 WRAPPER = "BatchMLAPagedAttentionWrapper"
 NOT_FA3 = "FlashInfer: the wrapper's backend is not fa3"
 CUDA_GRAPH = "FlashInfer: a CUDA graph wrapper, whose plan may be refreshed behind it"
+FASTER = "more than 16 query rows: FlashInfer is faster"
+FASTER_MAX_ROWS = 16  # of a 16-bit cache: with 17 to 32 rows upstream measured up to 9% faster
 NO_PLAN = "FlashInfer: planned before enable(), and a CUDA graph is being captured"
 _MAX_TABLE = 1 << 25  # entries of the rectangular page table
 _STATE = "_etap_plan"
@@ -123,6 +125,8 @@ class WrapperEngine:
         """None: run it on ETAP. Otherwise the reason why not."""
         ours, why = supports(call, self.limits)
         if ours and self.limits.only_where_faster:
+            if call.rows > FASTER_MAX_ROWS and not call.e4m3:
+                return FASTER
             ours, why = choose(call)
         return None if ours else why
 
@@ -257,7 +261,8 @@ class RunRoute:
         """Also sets the switch and the row limit of patched modules."""
         self._engine = engine
         if engine is not None:
-            switch.set_max_rows(min(engine.options.max_rows, switch.DEFAULT_MAX_ROWS))
+            rows, faster = engine.options.max_rows, engine.options.only_where_faster
+            switch.set_max_rows(None if faster and rows >= FASTER_MAX_ROWS else min(rows, 32))
         switch.set_mode("never" if engine is None else "always" if engine.strict else "auto")
 
 
