@@ -46,7 +46,8 @@ def set_mode(mode: str) -> None:
 def set_max_rows(rows: int | None) -> None:
     """Calls with more query rows (num_heads x the longest query) are left to upstream.
 
-    None, as without a call: 16, up to which ETAP measured as fast or faster, but 32 with an e4m3 cache. ValueError below 0.
+    None, as without a call: 16, up to which ETAP measured as fast or faster, but 32 with an e4m3 cache. ValueError
+    below 0.
     """
     if rows is not None and (type(rows) is not int or rows < 0):
         raise ValueError(f"rows: {rows!r}, expected None or an int of at least 0")
