@@ -78,6 +78,8 @@ struct TileConfig {
   // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
   static constexpr int kConsumerRegisters = kE4m3 && !kManyOutputs ? 208 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
+  // The plan's warp looks up the first pages before it writes the piece; with groups, they would be spilled.
+  static constexpr bool kLooksUpEarly = !kGroups;
   // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T

@@ -320,7 +320,7 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
     PieceInfo const& piece = warp == 0 ? posted_piece(smem, index) : await_piece(smem, index);
     if (piece.request < 0) break;
     if (!gather) {
-      if (index > 0) first = BoxLane(p, lane).look_up(p, piece.request, piece.pages, piece.len, piece.begin);
+      if (index > 0 || !Cfg::kLooksUpEarly) first = BoxLane(p, lane).look_up(p, piece.request, piece.pages, piece.len, piece.begin);
       load_piece_tma(p, ckv_map, kpe_map, smem, piece, first, at, lane);
     } else {
       int thread = warp * 32 + lane;

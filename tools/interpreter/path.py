@@ -1,7 +1,7 @@
 """PTX instructions on the critical path of a short launch: `python -m tools.interpreter.path`.
 
 By in-kernel clocks, some 250 instructions of one warp are a microsecond (docs/kernel-log.md), so what a short launch
-takes beyond waiting for memory is counted here, without a GPU: 16 rows, 128 tiles of keys, one a CTA.
+takes beyond waiting for memory is counted here, without a GPU: 16 rows, 64 tiles of keys, one a CTA.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _CONSUMERS = range(4, 8)  # of warpgroup 0, which has the tile
 
 
 def milestones(module: ModuleType, batch: int = 16, seed: int = 0, cta: int = 21) -> Milestones:
-    """Those of one CTA of 128, which have a tile each; `batch` divides 128."""
+    """Those of one CTA of 64, which have a tile each; `batch` divides 64."""
     generator = torch.Generator().manual_seed(seed)
-    pages_each, page = 128 // batch, 64
+    pages_each, page = 64 // batch, 64
     cache = torch.randn(batch * pages_each, page, 576, generator=generator).bfloat16()
     query = torch.randn(batch, 1, 16, 576, generator=generator).bfloat16()
     table = torch.randperm(batch * pages_each, generator=generator).int().view(batch, -1)
