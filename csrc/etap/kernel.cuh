@@ -86,8 +86,8 @@ ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
 // A piece's query and its tiles. Returns the number of the chunk behind its last, since launch.
 template <class T, class Cfg>
 ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
-                              PieceInfo const& piece, bool first) {
-  int const thread = int(threadIdx.x) - 128;
+                              PieceInfo const& piece, int thread, bool first) {
+  if (Cfg::kGroups) thread = int(threadIdx.x) - 128;  // read again: kept, it would be spilled
   int piece_thread = thread;
   keep(piece_thread);  // else addresses that it gives are kept, spilled, from piece to piece
   RowTarget* const rows = smem.control.rows[piece.table];
@@ -130,14 +130,14 @@ ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
 
 template <class T, class Cfg>
 ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int group, int warp, int lane) {
-  int const thread = int(threadIdx.x) - 128;  // read again: kept, it would be spilled
+  int const thread = Cfg::kGroups ? int(threadIdx.x) - 128 : group * 128 + warp * 32 + lane;
   ConsumerState<Cfg> st;
   st.group = group, st.warp = warp, st.lane = lane;
   ETAP_ROLLED
   for (int index = 0;; ++index) {
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
-    int const lent = consume_tiles<T>(p, smem, st, piece, index == 0);
+    int const lent = consume_tiles<T>(p, smem, st, piece, thread, index == 0);
     if constexpr (Cfg::kWide) {
       finish_piece_wide<T>(p, smem, piece, st);
     } else {
