@@ -37,7 +37,7 @@ def test_report_of_the_recorded_rows(results, tmp_path):
     assert "`run-0`" not in done.stdout
     assert "STALE" not in done.stdout
     assert _call("report", "--sources", "b" * 64).stdout.count("STALE") == 2
-    (results / "reasons.json").write_text('{"batch 16, KV length 512, 16 heads, q_len 1, page 64, bf16, eager": "why"}')
+    (results / "reasons.json").write_text('[{"batch": [1, 16], "kv_len": [512, 512], "reason": "why"}]')
     records.append(results / "bars.jsonl", [replace(ROW, impl="fa3", upstream="x==1", median_us=15.5)])
     assert "0.97×; why" in _call("report", "--sources", "a" * 64).stdout
     done = _call("report", results / "h20.jsonl", "--run", "run-0", "--output", tmp_path / "out.md")

@@ -52,7 +52,12 @@ def test_slower_cells_are_listed_with_their_reason():
     cells = report.cells_of(FAST + SLOW + WIDE)
     slower = report.slower_cells(cells, "etap")
     assert [(cell.any.kv_len, cell.any.heads) for cell in slower] == [(512, 16), (512, 32)]
-    text = report.run_section("bars", FAST + SLOW + WIDE, SOURCES, {str(slower[1]): "tensor-bound"})
+    reasons = [
+        report.Reason("another length", kv_len=(513, 1024)),
+        report.Reason("tensor-bound", query_rows=(33, 64)),
+        report.Reason("too late", query_rows=(33, 64), batch=(1, 128)),
+    ]
+    text = report.run_section("bars", FAST + SLOW + WIDE, SOURCES, reasons)
     assert "Slower cells: 2, of which 1 with at most 32 query rows." in text
     assert f"- {slower[0]}: 0.95×; no reason given" in text
     assert f"- {slower[1]}: 0.50×; tensor-bound" in text

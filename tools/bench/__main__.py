@@ -167,7 +167,8 @@ def show_report(
     """Print recorded rows as markdown tables; runs measured from other kernel sources are marked stale."""
     current = sources or records.sources_hash()
     reasons_file = records.RESULTS / "reasons.json"
-    reasons = json.loads(reasons_file.read_text()) if reasons_file.exists() else {}
+    given = json.loads(reasons_file.read_text()) if reasons_file.exists() else []
+    reasons = [report.Reason(**reason) for reason in given]
     sections = []
     for path in files or sorted(records.RESULTS.glob("*.jsonl")):
         rows = records.read(path)

@@ -7,7 +7,8 @@ the better rival's time over ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from .bars import BARS, MAX_ROWS_FASTER, SPEEDUP_GOAL
@@ -45,6 +46,30 @@ class CellResult:
             f"batch {r.batch}, KV length {r.kv_len}, {r.heads} heads, q_len {r.q_len}, page {r.page_size}, "
             f"{r.kv_dtype}, {r.mode}{where}"
         )
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why the cells of a region are slower than a rival. Ranges are inclusive; None: any."""
+
+    reason: str
+    query_rows: tuple[int, int] | None = None
+    kv_len: tuple[int, int] | None = None
+    batch: tuple[int, int] | None = None
+
+    def covers(self, cell: CellResult) -> bool:
+        """Whether the cell lies in the region."""
+        at = (
+            (self.query_rows, cell.query_rows),
+            (self.kv_len, cell.any.kv_len),
+            (self.batch, cell.any.batch),
+        )
+        return all(region is None or region[0] <= value <= region[1] for region, value in at)
+
+
+def reason_of(cell: CellResult, reasons: Iterable[Reason]) -> str:
+    """That of the first region that covers the cell."""
+    return next((reason.reason for reason in reasons if reason.covers(cell)), "no reason given")
 
 
 def cells_of(rows: Iterable[Row]) -> list[CellResult]:
@@ -104,7 +129,7 @@ def _times(cells: Sequence[CellResult]) -> Iterator[str]:
         yield table(header, map(line, group))
 
 
-def _summary(cells: Sequence[CellResult], impl: str, reasons: Mapping[str, str]) -> Iterator[str]:
+def _summary(cells: Sequence[CellResult], impl: str, reasons: Sequence[Reason]) -> Iterator[str]:
     speedups = [speedup for cell in cells if (speedup := cell.speedup(impl)) is not None]
     if not speedups:
         return
@@ -119,9 +144,7 @@ def _summary(cells: Sequence[CellResult], impl: str, reasons: Mapping[str, str])
         return
     required = sum(cell.query_rows <= MAX_ROWS_FASTER for cell in slower)
     yield f"Slower cells: {len(slower)}, of which {required} with at most {MAX_ROWS_FASTER} query rows."
-    yield "\n".join(
-        f"- {cell}: {cell.speedup(impl):.2f}×; {reasons.get(str(cell), 'no reason given')}" for cell in slower
-    )
+    yield "\n".join(f"- {cell}: {cell.speedup(impl):.2f}×; {reason_of(cell, reasons)}" for cell in slower)
 
 
 def _bars(cells: Sequence[CellResult], impl: str) -> Iterator[str]:
@@ -175,14 +198,14 @@ def _worse_than_fa3(cell: CellResult, impl: str) -> list[str]:
     return [title for title, a, b in pairs if a is not None and b is not None and a > b]
 
 
-def run_section(title: str, rows: Sequence[Row], sources: str | None, reasons: Mapping[str, str] | None = None) -> str:
+def run_section(title: str, rows: Sequence[Row], sources: str | None, reasons: Sequence[Reason] = ()) -> str:
     """The report of one run.
 
     Args:
         title: heading.
         rows: rows of one run.
         sources: hash of the kernel sources as they are now, None where unknown.
-        reasons: why a cell is slower than a rival, by the cell's text as the report prints it.
+        reasons: why cells are slower than a rival; the first that covers a cell counts.
     """
     if len({row.run for row in rows}) != 1:
         raise ValueError("the rows of a section must belong to one run")
@@ -200,7 +223,7 @@ def run_section(title: str, rows: Sequence[Row], sources: str | None, reasons: M
     )
     parts += _times(cells)
     for impl in OURS:
-        parts += _summary(cells, impl, reasons or {})
+        parts += _summary(cells, impl, reasons)
         parts += _bars(cells, impl)
     parts += _errors(cells)
     return "\n\n".join(parts) + "\n"
