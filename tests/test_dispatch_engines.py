@@ -259,7 +259,7 @@ def test_no_measured_rule_is_about_an_e4m3_cache() -> None:
     """Upstream cannot run it, however many rows; what was remembered of a 16-bit cache does not hold for it either."""
     fa3, operator = engine(FA3), Recorder()
     with patched(FA3, operator=operator, machine=hopper):
-        for heads in (17, 33, 64):
+        for heads in (33, 48, 64):
             for _ in range(2):
                 assert fa3.flash_attn_with_kvcache(**kvcache_call(heads=heads) | NO_DESCALES) == "upstream"
                 assert fa3.flash_attn_with_kvcache(**e4m3(kvcache_call(heads=heads))) == "out"

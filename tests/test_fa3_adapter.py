@@ -497,7 +497,7 @@ def test_other_dtypes_get_upstreams_error_at_once(adapter: Adapter, changed: dic
 def test_no_upstream_is_faster_with_an_e4m3_cache(adapter: Adapter) -> None:
     """Upstream has no kernel for it."""
     adapter.c.etap_fa3_set_only_where_faster(1)
-    for changed in ({}, {"b": 5, "seqlen_q": 3}):
+    for changed in ({"h": 16, "seqlen_q": 3}, {"b": 5, "h": 16, "seqlen_q": 3}):
         assert adapter.run(Call(**changed)) == {"taken": False}
         assert adapter.run(e4m3(**changed))["taken"]
 
