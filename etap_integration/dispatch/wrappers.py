@@ -21,7 +21,14 @@ from torch import Tensor
 from etap_integration.dispatch import routing
 from etap_integration.dispatch.bindings import Replacement
 from etap_integration.dispatch.calls import Call, machine_of
-from etap_integration.dispatch.decision import D_LATENT, D_ROPE, Limits, choose, supports
+from etap_integration.dispatch.decision import (
+    D_LATENT,
+    D_ROPE,
+    FLASHINFER_MAX_ROWS,
+    FLASHINFER_RULES,
+    Limits,
+    decide,
+)
 from etap_integration.dispatch.routing import TALLY, FallbackError, Options, log
 from etap_integration.dispatch.targets import TARGETS, TargetError
 from etap_integration.flashinfer import jit, switch
@@ -29,8 +36,6 @@ from etap_integration.flashinfer import jit, switch
 WRAPPER = "BatchMLAPagedAttentionWrapper"
 NOT_FA3 = "FlashInfer: the wrapper's backend is not fa3"
 CUDA_GRAPH = "FlashInfer: a CUDA graph wrapper, whose plan may be refreshed behind it"
-FASTER = "more than 16 query rows: FlashInfer is faster"
-FASTER_MAX_ROWS = 16  # of a 16-bit cache: with 17 to 32 rows upstream measured up to 9% faster
 NO_PLAN = "FlashInfer: planned before enable(), and a CUDA graph is being captured"
 _MAX_TABLE = 1 << 25  # entries of the rectangular page table
 _STATE = "_etap_plan"
@@ -123,12 +128,7 @@ class WrapperEngine:
 
     def decide(self, call: Call) -> str | None:
         """None: run it on ETAP. Otherwise the reason why not."""
-        ours, why = supports(call, self.limits)
-        if ours and self.limits.only_where_faster:
-            if call.rows > FASTER_MAX_ROWS and not call.e4m3:
-                return FASTER
-            ours, why = choose(call)
-        return None if ours else why
+        return decide(call, self.limits, FLASHINFER_RULES)
 
     def run(self, call: Call, given: dict[str, Any]) -> Any:
         """The operator on `call`; the result as upstream returns it."""
@@ -262,7 +262,8 @@ class RunRoute:
         self._engine = engine
         if engine is not None:
             rows, faster = engine.options.max_rows, engine.options.only_where_faster
-            switch.set_max_rows(None if faster and rows >= FASTER_MAX_ROWS else min(rows, 32))
+            by_cache = faster and rows >= FLASHINFER_MAX_ROWS
+            switch.set_max_rows(None if by_cache else min(rows, switch.MEASURED_MAX_ROWS))
         switch.set_mode("never" if engine is None else "always" if engine.strict else "auto")
 
 

@@ -14,6 +14,7 @@ from etap_integration.flashinfer import jit
 from etap_integration.patching.errors import UnknownNameError
 
 MODES = ("auto", "always", "never")
+MEASURED_MAX_ROWS = 32  # what `enable` lifts a module's limit to, at most: beyond, the wrapper has not been timed
 
 _lock = threading.Lock()
 _wanted: dict[str, int] = {}  # of the settings that the caller made
