@@ -131,22 +131,28 @@ def etap_model(
 ) -> tuple[Tensor, Tensor]:
     """The ETAP pipeline, S^T = K Q^T and O^T += V^T P^T over 64-key tiles.
 
-    The tiles of a request are cut into `num_parts` contiguous shares, one per CTA; in each share two warpgroups take
-    alternate tiles, each with its own reference maximum m, sum l and O^T; with more than 32 query rows (those of the
-    longest request) both work on every tile, which then has one of each. S^T is fp32 of 16-bit products.
+    The tiles of a request are cut into `num_parts` contiguous shares, one per CTA. In each share two warpgroups take
+    alternate tiles, each with its own reference maximum m, sum l and O^T; or both work on every tile, which then has one
+    of each: with more than 32 query rows (those of the longest request), and with more than 8 where `p_parts` is 2.
+    S^T is fp32 of 16-bit products.
     P^T = exp2(S^T c - m); m starts as the first tile's maximum and is raised to a tile's maximum only where that
     exceeds it by more than `raise_by`, when l and O^T are rescaled. P^T is rounded to the input dtype in one part, or
     split into a high and a low one (`p_parts` = 2). l sums the unrounded P. Warpgroups, then shares, are merged in
-    fp32; the output is rounded once, to `out_dtype` (default: the input dtype).
+    fp32; the output is rounded once, to `out_dtype` (default: the input dtype). Where both warpgroups work on every tile
+    and the output is bf16, O^T of a share is rounded to fp16 before, or to bf16 out of fp16's range (the kernel decides
+    that for groups of values, this model for each value and row).
     """
     if p_parts not in (1, 2):
         raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
     rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
-    groups = 2 if rows <= 32 else 1
+    groups = 1 if rows > 32 or (rows > 8 and p_parts == 2) else 2
+    packed = groups == 1 and num_parts > 1 and (out_dtype or q_nope.dtype) == q_nope.dtype == torch.bfloat16
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, groups, raise_by, p_parts)  # noqa: E741
+        if packed:
+            ot = _packed(ot)
         for group in (groups, num_parts):  # the warpgroups of a share, then the shares
             m, l, ot = _merge(m, l, ot, group)  # noqa: E741
         return _finish(ot[0].T, l[0], m[0])
@@ -317,6 +323,13 @@ def _stream_tiles(
             rounded = rounded + (pt - rounded).to(p_dtype).float()  # exact: both parts fit in one float32
         ot = ot * alpha[:, None] + kt[:, :, :D_LATENT].mT @ rounded
     return m, l, ot
+
+
+def _packed(ot: Tensor) -> Tensor:
+    """O^T (shares, 512, rows) as a 16-bit partial result keeps it."""
+    size = ot.abs()
+    in_range = (size < 65520) & (size.amax(1, keepdim=True) >= 2.0**-13)  # 65520: what rounds to infinity
+    return torch.where(in_range, ot.half().float(), ot.bfloat16().float())
 
 
 def _softmax_step(zt: Tensor, m: Tensor, l: Tensor, raise_by: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: E741

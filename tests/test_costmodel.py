@@ -138,8 +138,20 @@ def test_the_tile_of_64_rows() -> None:
     assert (tile.scores, tile.output, tile.passes, tile.useful) == ((72, 32), (32, 64), 1, 1)
     assert tile.cycles(H200.wgmma_cycles) == 2752
     assert costmodel.etap_tile(64, 2).output == (64, 64) and costmodel.etap_tile(65).passes == 2
-    for rows, kv_dtype, parts in ((16, "bf16", 2), (32, "bf16", 2), (64, "e4m3", 1)):
+    for rows, kv_dtype, parts in ((8, "bf16", 2), (64, "e4m3", 1)):
         assert costmodel.etap_tile(rows, kv_dtype=kv_dtype) == costmodel.transposed_tile(rows, parts)
+    for rows in (16, 32):
+        assert costmodel.etap_tile(rows, 1) == costmodel.transposed_tile(rows, 1)
+
+
+def test_tiles_that_both_warpgroups_work_on() -> None:
+    """The scores in two products of half the rows; up to 16 rows P's parts stand side by side on N."""
+    for rows in (9, 16):
+        tile = costmodel.etap_tile(rows)
+        assert (tile.scores, tile.output, tile.useful) == ((72, 8), (32, 32), rows / 16 * (576 + 512) / (576 + 1024))
+    for rows in (17, 32):
+        tile = costmodel.etap_tile(rows)
+        assert (tile.scores, tile.output, tile.useful) == ((72, 16), (64, 32), rows / 32 * (576 + 512) / (576 + 1024))
     assert costmodel.etap_tile(64, kv_dtype="e4m3").passes == 2
 
 

@@ -149,9 +149,17 @@ def test_many_parts_of_64_rows(precise: bool, interpreted: Interpreted) -> None:
     check(Problem(lengths=(64 * 72 - 5,), heads=64, precise=precise))
 
 
+@pytest.mark.parametrize("heads", [16, 32, 64])
+@pytest.mark.parametrize("log2", [-20, 10, 17])
+def test_caches_in_and_out_of_fp16_range(log2: int, heads: int, interpreted: Interpreted) -> None:
+    check(Problem(lengths=(700, 130), heads=heads, num_ctas=7, cache_scale=2.0**log2))
+
+
 def test_launches_follow_each_other_in_one_workspace(interpreted: Interpreted) -> None:
     """Nothing is left from one launch to the next, nor to the one after that: the buffers take turns."""
     built = [build(Problem(lengths=n, num_ctas=4), "cpu") for n in ((900,), (64,), (300, 70, 5), (0,), (640, 640))]
+    for i, changes in ((0, {"out_dtype": torch.float32}), (2, {"dtype": torch.float16})):  # partial results of 32 bits
+        built[i] = build(built[i].problem.with_(**changes), "cpu")
     expected = [run(b)[0] for b in built]
     for order in ((4, 0, 0, 3, 2), (1, 2, 3, 4, 0), (0, 4, 2, 2, 1)):
         for i in order:

@@ -24,8 +24,11 @@ constexpr int latent_chunk(int i, int group) { return i ^ (group * (kLatentChunk
 constexpr int kMaxRing = 24;
 constexpr int kMaxCtas = 256;                       // of one launch: more SMs than any Hopper GPU has
 
-// A slot of the workspace: a partial O^T (fp32), then per row its reference maximum and sum, in whole lines.
-constexpr int slot_bytes(int row_tile) { return row_tile * kLatentDim * 4 + (row_tile * 8 + 127) / 128 * 128; }
+// A slot of the workspace: a partial O^T (16 bits or fp32 a value: room for fp32), then per row its reference maximum and
+// sum, in whole lines.
+constexpr int partial_bytes(int row_tile, bool packed) { return row_tile * kLatentDim * (packed ? 2 : 4); }
+constexpr int stats_bytes(int row_tile) { return (row_tile * 8 + 127) / 128 * 128; }
+constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile, false) + stats_bytes(row_tile); }
 
 // Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3 cache
 // has one scale for its latent and one for its rope part; or kGroups: a scale for each key and kScaleGroup latent
@@ -36,9 +39,10 @@ constexpr int kScaleGroups = kLatentDim / kScaleGroup;
 constexpr int kScaleTiles = 6;                      // tiles of scales in shared memory: more than the ring holds
 
 // RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
-// Up to 32 rows, a warpgroup's registers hold O^T (512 x 32 fp32), and each warpgroup owns whole tiles of keys. Of 64,
-// they hold half: O^T is split over the warpgroups by latent columns, S^T by rows, and both work on every tile. More
-// rows loop over row tiles.
+// Wide: O^T is split over the two warpgroups by latent columns, S^T by rows, and both work on every tile: of 64 rows their
+// registers hold no more, and of 16 and 32 a piece ends sooner (3% of 1K keys, measured). Else each owns whole tiles of keys,
+// all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which are too few to split, for
+// P in one part (an H20, whose tensor cores are the limit) and for e4m3. More rows loop over row tiles.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
@@ -48,7 +52,7 @@ struct TileConfig {
   static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
   static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
   static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
-  static constexpr bool kWide = RowTile == 64;                          // both warpgroups share every tile
+  static constexpr bool kWide = RowTile == 64 || (RowTile > 8 && PParts == 2 && !kE4m3);
   static_assert(!(kWide && kE4m3));
   static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;      // rows of S^T that one warpgroup has: N
   static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
@@ -104,8 +108,9 @@ struct TileConfig {
   // Whole pairs of tiles, if they are most of it: each warpgroup finds its tiles where its own were before, and need not
   // look after the other's (1.3% of 64K keys, measured: 18 chunks for 23).
   static constexpr int kPaired = kRingMost / (2 * kRingTile) * (2 * kRingTile);
-  static constexpr int kRing = !kWide && 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
+  static constexpr int kRing = 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
+  static constexpr bool kTogether = kWide && kRing == 2 * kRingTile;  // see await_slots
   // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).
   static constexpr int kRingShift = kRing % (2 * kRingTile);
   static constexpr int kForeignFirst = kRingShift > kRingTile ? kRingShift - kRingTile : 0;

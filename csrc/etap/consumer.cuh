@@ -1,7 +1,7 @@
 // The consumer warpgroups: S^T = K Q^T, P^T = exp2(S^T scale - m), O^T += V^T P^T, tile by tile.
 //
-// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both. With
-// 64 rows both work on every tile: see consumer_wide.cuh, which uses the stages of this file.
+// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both. Or (wide)
+// both work on every tile: see consumer_wide.cuh, which uses the stages of this file.
 //
 // Fragment of a 64 x N result: thread t of a warpgroup holds M = 16 (t / 32) + (t % 32) / 4 (+ 8) and
 // N = 8 j + 2 (t % 4) (+ 1), as d[4 j + 2 (M half) + (N parity)]. N is a query row; M is a key (S^T) or a latent
@@ -22,6 +22,7 @@ struct ConsumerState {
   float reference[kStats];                            // log2 units; the same in all threads of the warpgroup
   float sum[kStats];                                  // of this thread's keys alone
   bool fresh;                                         // no tile of this piece seen yet
+  float4* partial;                                    // wide: where this thread's part of O^T goes, if it is a part
   int group, warp, lane;                              // warp: within the warpgroup
 
   // The query row of statistics i, among those that the warpgroup scores; the first of them in the row tile.
@@ -269,10 +270,10 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
 }
 
 // O^T += V^T P^T for the chunks this warpgroup owns (wide: every second one, see own_block), freeing each chunk behind
-// it. `at`: the tile's rope chunk.
-template <class T, class Cfg>
-ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at,
-                                 uint32_t prob) {
+// it. `at`: the tile's rope chunk. `meanwhile` is called with wgmmas under way.
+template <class T, class Cfg, class Meanwhile>
+ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at, uint32_t prob,
+                                 Meanwhile const& meanwhile) {
   at.advance(Cfg::kWide ? 1 + st.group : 1);
   uint32_t const ring = descriptor_low(shared_address(smem.ring)), p_low = descriptor_low(prob);
   uint32_t previous = at.slot;
@@ -297,6 +298,7 @@ ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& s
     previous = at.slot;
     at.advance(Cfg::kWide ? 2 : 1);
   }
+  meanwhile();
   cute::warpgroup_wait<0>();
   if (st.lane < Cfg::kOwnerArrivals) smem.control.empty[previous].arrive();
 }
@@ -327,7 +329,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   } while (raise);
 #pragma unroll
   for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
-  accumulate_tile<T>(smem, st, at, prob);
+  accumulate_tile<T>(smem, st, at, prob, [] {});
 }
 
 }  // namespace etap

@@ -1,8 +1,9 @@
-// The consumer warpgroups for 64 rows: as in consumer.cuh, but both work on every tile.
+// The consumer warpgroups where both work on every tile (wide); the rest is as in consumer.cuh.
 //
-// O^T (512 x 64 fp32) is more than the registers of one warpgroup: each holds every second block of 64 latent columns.
-// S^T is split by rows: a warpgroup scores 32 of them, from all of the tile, and has their statistics. P^T of all rows
-// meets in shared memory. Per tile:
+// Each holds every second block of 64 latent columns of O^T, of all rows: of 64 rows, one warpgroup's registers would not
+// hold O^T, and of fewer nothing is left to exchange at the end of a piece. S^T is split by rows: a warpgroup scores half of
+// them, from all of the tile (so keys are read twice from shared memory), and has their statistics. P^T of all rows meets
+// in shared memory. Per tile:
 //
 //   warpgroup g                                                       waits for
 //     scores its rows; frees the rope chunk (8 warps do)                the producer, chunk by chunk
@@ -30,8 +31,8 @@ ETAP_DEVICE void raise_reference_wide(MlaDecodeParams const& p, SharedStorage<Cf
   }
   sync_consumers();
 #pragma unroll
-  for (int j = 0; j < Cfg::kRowTile / 8; ++j) {
-    float2 const f = *reinterpret_cast<float2 const*>(&smem.control.row_scale[st.row_of(2 * j)]);
+  for (int j = 0; j < Cfg::kPvRows / 8; ++j) {
+    float2 const f = *reinterpret_cast<float2 const*>(&smem.control.row_scale[st.row_of(2 * j) % Cfg::kRowTile]);
 #pragma unroll
     for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
       st.out[c][4 * j] *= f.x;
@@ -59,10 +60,10 @@ ETAP_DEVICE void clear_own_tail(SharedStorage<Cfg>& smem, ConsumerState<Cfg> con
   sync_group(st.group);
 }
 
-// One tile. `at`: its rope chunk.
-template <class T, class Cfg>
+// One tile. `at`: its rope chunk. `meanwhile` is called behind the tile's last sums, with V^T P^T under way.
+template <class T, class Cfg, class Meanwhile>
 ETAP_DEVICE void consume_tile_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
-                                   MaskBounds const& mask, RingPosition<Cfg> at, int tile) {
+                                   MaskBounds const& mask, RingPosition<Cfg> at, int tile, Meanwhile const& meanwhile) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
   bool const first = st.fresh;
   if (!first) NamedBarrier::arrive(kConsumerThreads, kBarrierProbRead0 + st.group);  // the tile before is accumulated
@@ -84,7 +85,7 @@ ETAP_DEVICE void consume_tile_wide(MlaDecodeParams const& p, SharedStorage<Cfg>&
 #pragma unroll
   for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
   if (end > mask.len) clear_own_tail(smem, st, at, mask.len - tile * kTileKeys);
-  accumulate_tile<T>(smem, st, at, prob);
+  accumulate_tile<T>(smem, st, at, prob, meanwhile);
 }
 
 }  // namespace etap

@@ -1,10 +1,10 @@
 // End of a piece: the two warpgroups' results become one, and go to the output or, if other CTAs hold parts of the
-// same rows, to the workspace. With 64 rows each warpgroup has results of its own: half the columns.
+// same rows, to the workspace. Where they share tiles, each warpgroup has results of its own: half the columns.
 #pragma once
 
 #include "consumer_wide.cuh"
+#include "partial.cuh"
 #include "plan.cuh"
-#include "workspace.cuh"
 
 namespace etap {
 
@@ -67,35 +67,6 @@ template <class Cfg>
 ETAP_DEVICE float folded(ConsumerState<Cfg> const& st, int chunk, int i) {
   if constexpr (Cfg::kConcatP) return st.out[chunk][i] + st.out[chunk][Cfg::kRowTile / 2 + i];
   return st.out[chunk][i];
-}
-
-// A partial piece that only warpgroup 0 worked on: all of O^T from its registers.
-template <class Cfg>
-ETAP_DEVICE void store_alone(float4* quads, ConsumerState<Cfg> const& st) {
-  constexpr int kQuads = Cfg::kRowTile / 8;
-#pragma unroll
-  for (int c = 0; c < kLatentChunks; ++c) {
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      store_relaxed(quads + (c * kQuads + j) * 128,
-                    make_float4(folded(st, c, 4 * j), folded(st, c, 4 * j + 1), folded(st, c, 4 * j + 2),
-                                folded(st, c, 4 * j + 3)));
-    }
-  }
-}
-
-template <class Cfg>
-ETAP_DEVICE void store_partial(float4* quads, ConsumerState<Cfg> const& st,
-                               float const (&result)[4][Cfg::kRowTile / 2]) {
-  constexpr int kQuads = Cfg::kRowTile / 8;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-#pragma unroll
-    for (int j = 0; j < kQuads; ++j) {
-      float const* f = result[c] + 4 * j;
-      store_relaxed(quads + (Cfg::own_block(st.group, c) * kQuads + j) * 128, make_float4(f[0], f[1], f[2], f[3]));
-    }
-  }
 }
 
 // Statistics of a partial result, of the rows that the warpgroup scores.
@@ -243,9 +214,9 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
                               ConsumerState<Cfg>& st, RingPosition<Cfg> lent) {
   constexpr int kStats = ConsumerState<Cfg>::kStats, kHalf = Cfg::kExchangeChunks / 2;
   bool const whole = piece.whole(), exchange = exchanges(piece);
-  PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch, false);
   int const slot = piece.slot(piece.part);
-  float4* const quads = buffer.quads(slot) + st.warp * 32 + st.lane;
+  float4* const quads = buffer.units(slot) + st.warp * 32 + st.lane;
   if (exchange) give_half(smem, st, lent);
   publish_statistics(smem, st);
   sync_consumers();  // also: Q may be replaced
@@ -258,10 +229,12 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   }
   if (!whole && st.group == 0) {
     store_stats(buffer.stats(slot), st);
-    if (st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot);
+    if (st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot, false);
   }
-  if (!exchange) {
-    if (st.group == 0) store_alone(quads, st);
+  if (!exchange) {  // only warpgroup 0 worked on it: all of O^T from its registers
+    if (st.group == 0) {
+      store_quads<Cfg, kLatentChunks>(quads, [&](int c, int i) { return folded(st, c, i); });
+    }
     return;
   }
   if (whole) {
@@ -276,7 +249,8 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   take_half(smem, st, lent, own, other, result);
   lent = lent.ahead(st.group * kHalf);
   if (!whole) {
-    store_partial(quads, st, result);
+    store_quads<Cfg, 4>(quads + PartialUnits<Cfg, false>::of_block(4 * st.group),
+                        [&](int c, int i) { return result[c][i]; });
   } else {
     sync_group(st.group);  // the chunks may be written again
     RowTarget const* const rows = smem.control.rows[piece.table];
@@ -300,31 +274,49 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   }
 }
 
-// 64 rows: the sum of a row of the row tile, from the warpgroup that scores it.
+// Shared tiles: the sum of a row of the row tile, from the warpgroup that scores it.
 template <class Cfg>
 ETAP_DEVICE float published_sum(SharedStorage<Cfg> const& smem, int row) {
   return group_sum(smem, row / Cfg::kScoreRows, row % Cfg::kScoreRows);
 }
 
-// 64 rows: nothing is exchanged but statistics. Output goes through Q's space, so no ring chunks are lent, and the next
-// piece's keys are loaded meanwhile.
+// Shared tiles, while the last one's V^T P^T is under way: the piece's statistics, and where its results go.
+template <class T, class Cfg>
+ETAP_DEVICE void finish_statistics_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                        ConsumerState<Cfg>& st) {
+  keep(st.lane);  // else addresses that it gives are kept, spilled, from piece to piece
+  publish_statistics(smem, st);
+  if (piece.whole()) return;
+  sync_group(st.group);
+#pragma unroll
+  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) st.sum[i] = group_sum(smem, st.group, st.row_of(i));
+  bool const packed = packs_partials<T, Cfg>(p);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch, packed);
+  int const slot = piece.slot(piece.part), first = Cfg::kOwnBlocks * st.group;
+  store_stats(buffer.stats(slot), st);
+  if (st.group == 0 && st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot, packed);
+  int const at = packed ? PartialUnits<Cfg, true>::of_block(first) : PartialUnits<Cfg, false>::of_block(first);
+  st.partial = buffer.units(slot) + at + st.warp * 32 + st.lane;
+}
+
+// Shared tiles: nothing is exchanged but statistics. Output goes through Q's space, so no ring chunks are lent, and the
+// next piece's keys are loaded meanwhile.
 template <class T, class Cfg>
 ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                    ConsumerState<Cfg>& st) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats;
-  keep(st.lane);  // else addresses that it gives are kept, spilled, from piece to piece
-  publish_statistics(smem, st);
-  sync_consumers();  // also: Q may be replaced
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] = published_sum(smem, st.first_row() + st.row_of(i));
+  constexpr int kStats = ConsumerState<Cfg>::kStats, kBlocks = Cfg::kOwnBlocks;
   if (!piece.whole()) {
-    PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
-    int const slot = piece.slot(piece.part);
-    store_stats(buffer.stats(slot), st);
-    if (st.group == 0 && st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot);
-    store_partial(buffer.quads(slot) + st.warp * 32 + st.lane, st, st.out);
+    auto const value = [&](int c, int i) { return folded(st, c, i); };
+    if (packs_partials<T, Cfg>(p)) {
+      store_packed<Cfg, kBlocks>(st.partial, value);
+    } else {
+      store_quads<Cfg, kBlocks>(st.partial, value);
+    }
     return;
   }
+  sync_consumers();
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) st.sum[i] = published_sum(smem, st.first_row() + st.row_of(i));
   RowTarget const* const rows = smem.control.rows[piece.table];
   if (st.warp == 0 && st.lane < 4) {
 #pragma unroll
@@ -332,19 +324,21 @@ ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>&
       write_lse(p, rows[st.first_row() + st.row_of(i)], st.reference[i], st.sum[i]);
     }
   }
+  float result[kBlocks][Cfg::kRowTile / 2];
 #pragma unroll
   for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
     float const sum = published_sum(smem, st.row_of(i)), scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+    int const first = 4 * (i / 2) + (i & 1);
 #pragma unroll
-    for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
-      st.out[c][4 * (i / 2) + (i & 1)] *= scale;
-      st.out[c][4 * (i / 2) + 2 + (i & 1)] *= scale;
+    for (int c = 0; c < kBlocks; ++c) {
+      result[c][first] = folded(st, c, first) * scale;
+      result[c][first + 2] = folded(st, c, first + 2) * scale;
     }
   }
   if (p.out_fp32) {
-    store_float(p, rows, st, st.out);
+    store_float(p, rows, st, result);
   } else {
-    store_half<T>(p, smem, rows, st, RingPosition<Cfg>{}, st.out);
+    store_half<T>(p, smem, rows, st, RingPosition<Cfg>{}, result);
     sync_consumers();  // the next Q may come
   }
 }

@@ -5,7 +5,7 @@
 //   consumer 1    prefetch     |         QK(1) softmax PV(1) | QK(3) ...           | ... exchange, store
 //   all consumers              merge of the rows that several CTAs hold parts of
 //
-// With 64 rows both consumers work on every tile, and nothing is exchanged at the end.
+// Or (wide, the usual case) both consumers work on every tile, and nothing is exchanged at the end.
 #pragma once
 
 #include "consumer_groups.cuh"
@@ -115,7 +115,9 @@ ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   } else if constexpr (Cfg::kWide) {
     ETAP_ROLLED
     for (int i = 0; i < tiles; ++i) {
-      consume_tile_wide<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i);
+      consume_tile_wide<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, [&] {
+        if (i + 1 == tiles) finish_statistics_wide<T>(p, smem, piece, st);
+      });
     }
   } else {
     ETAP_ROLLED
@@ -159,7 +161,9 @@ ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_ma
   KeyPlace first{0, 0};
   if (warp == 0) {
     plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
-      if (Cfg::kLooksUpEarly && p.box_rows) first = BoxLane(p, lane).look_up(p, piece.request, page_row(p, piece.request), len, piece.begin);
+      if (Cfg::kLooksUpEarly && p.box_rows) {
+        first = BoxLane(p, lane).look_up(p, piece.request, page_row(p, piece.request), len, piece.begin);
+      }
     });
     __syncwarp();
     trace(kPlanned, lane == 0);

@@ -11,12 +11,18 @@ namespace etap {
 template <class Cfg>
 struct MergeScratch {  // lies over the ring, Q and P^T, which are idle by then
   static constexpr int kStage = 16, kStatQuads = Cfg::kRowTile / 2;
-  float4 stage[kStage][kConsumerThreads];  // quads of parts on their way in, each read by the thread that asked for it
-  float4 group_sum[kConsumerThreads];
+  static constexpr int kStatRows = Cfg::kRowTile + 2;  // two more: lanes that read a row's parts meet in fewer banks
+  float4 stage[kStage][kConsumerThreads];  // units of parts on their way in, each read by the thread that asked for it
+  UnitSum<true> group_sum[kConsumerThreads];
   float scale[Cfg::kRowTile];
-  float2 stats[kMaxCtas][Cfg::kRowTile];   // per part and row: maximum and sum; then weight in x
-  static_assert(sizeof(float4) * (kStage + 1) * kConsumerThreads + 4 * Cfg::kRowTile +
-                    sizeof(float2) * kMaxCtas * Cfg::kRowTile <= Cfg::kSharedBytes - Cfg::kControlBytes);
+  float2 stats[kMaxCtas][kStatRows];       // per part and row: maximum and sum; then weight in x
+  static_assert(sizeof(float4) * (kStage + 2) * kConsumerThreads + 4 * Cfg::kRowTile +
+                    sizeof(float2) * kMaxCtas * kStatRows <= Cfg::kSharedBytes - Cfg::kControlBytes);
+
+  // The i-th two rows of all parts.
+  ETAP_DEVICE float4& stat_quad(uint32_t i) {
+    return *reinterpret_cast<float4*>(&stats[i / kStatQuads][2 * (i % kStatQuads)]);
+  }
 };
 
 // CuTe's statements do not tell the compiler that they write memory; these two do.
@@ -70,48 +76,45 @@ ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, Row
   if (piece.part == 0) write_lse(p, rows[r], top, sum);
 }
 
-// The first of a quad's two rows (see PartialBuffer).
-template <class Cfg>
-ETAP_DEVICE uint32_t quad_row(uint32_t quad) {
-  return 8 * (quad / 128 % (Cfg::kRowTile / 8)) + 2 * (quad & 3);
-}
-
-// Writes one quad of the output.
-template <class T, class Cfg>
-ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, uint32_t quad, float4 v) {
-  constexpr uint32_t kQuads = Cfg::kRowTile / 8;
-  int const lane = quad % 32, chunk = quad / (128 * kQuads);
-  int const column = chunk * kChunkCols + quad % 128 / 32 * 16 + fragment_column<Cfg>(lane);
-  int const row = quad_row<Cfg>(quad);
-  float const values[2][2] = {{v.x, v.z}, {v.y, v.w}};
+// Writes one unit of the output.
+template <class T, class Cfg, bool Packed>
+ETAP_DEVICE void store_unit(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, uint32_t unit,
+                            UnitSum<Packed> const& sum) {
+  using Units = PartialUnits<Cfg, Packed>;
+  int const column = unit % 128 / 32 * 16 + fragment_column<Cfg>(unit % 32), row = Units::first_row(unit);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     int64_t const target = rows[row + e].out;
-    float const low = values[e][0] * scale[row + e], high = values[e][1] * scale[row + e];
     if (target < 0) continue;
-    if (p.out_fp32) {
-      float* const out = static_cast<float*>(p.out) + target + column;
-      out[0] = low;
-      out[kColumnStep<Cfg>] = high;
-    } else {
-      T* const out = static_cast<T*>(p.out) + target + column;
-      out[0] = T(low);
-      out[kColumnStep<Cfg>] = T(high);
+#pragma unroll
+    for (int i = 0; i < Units::kQuads; ++i) {
+      float4 const v = sum.quad[i];
+      float const low = (e ? v.y : v.x) * scale[row + e], high = (e ? v.w : v.z) * scale[row + e];
+      int64_t const at = target + block_at<Cfg>(Units::first_block(unit) + i) * kChunkCols + column;
+      if (p.out_fp32) {
+        float* const out = static_cast<float*>(p.out) + at;
+        out[0] = low;
+        out[kColumnStep<Cfg>] = high;
+      } else {
+        T* const out = static_cast<T*>(p.out) + at;
+        out[0] = T(low);
+        out[kColumnStep<Cfg>] = T(high);
+      }
     }
   }
 }
 
-// What one thread adds up of a CTA's slice of a piece: `blocks` quads, each over the parts group, group + groups, ...
-template <class Cfg>
+// What one thread adds up of a CTA's slice of a piece: `blocks` units, each over the parts group, group + groups, ...
+template <class Cfg, bool Packed>
 struct SliceShare {
-  static constexpr int kStep = 2 * PartialBuffer<Cfg>::kSlotBytes / sizeof(float4);  // quads from a part to the next
-  float4 const *first, *others;  // quads of part 0; of part i > 0, kStep i further on
+  static constexpr int kStep = 2 * PartialBuffer<Cfg>::kSlotBytes / sizeof(float4);  // units from a part to the next
+  float4 const *first, *others;  // units of part 0; of part i > 0, kStep i further on
   int num_parts, end;            // of the piece; of the slice
-  int quad0, width, blocks;      // block b is quad0 + b width
-  int group, groups, own_parts;  // of the threads that share a quad's parts; groups <= parts
+  int unit0, width, blocks;      // block b is unit0 + b width
+  int group, groups, own_parts;  // of the threads that share a unit's parts; groups <= parts
 
   ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread) : num_parts(piece.num_parts) {
-    EvenCut const cut(PartialBuffer<Cfg>::kQuads, num_parts);
+    EvenCut const cut(PartialUnits<Cfg, Packed>::kCount, num_parts);
     int const begin = cut.begin(piece.part), longest = cut.base + min(cut.longer, 1);
     int const log_width = min(8, max(3, 32 - __clz(longest - 1)));
     end = cut.begin(piece.part + 1);
@@ -120,87 +123,84 @@ struct SliceShare {
     groups = kConsumerThreads >> log_width;
     own_parts = (num_parts - group + groups - 1) >> (31 - __clz(kConsumerThreads) - log_width);
     blocks = groups > 1 ? 1 : (longest + width - 1) >> log_width;
-    quad0 = begin + (thread & (width - 1));
-    first = buffer.quads(piece.first_slot);
-    others = buffer.quads(2 * piece.first_cta);
+    unit0 = begin + (thread & (width - 1));
+    first = buffer.units(piece.first_slot);
+    others = buffer.units(2 * piece.first_cta);
     asm volatile("" : "+l"(first), "+l"(others));
-    keep(quad0), keep(blocks), keep(end);
+    keep(unit0), keep(blocks), keep(end);
   }
-  ETAP_DEVICE int quad(int block) const { return min(quad0 + block * width, end - 1); }
-  ETAP_DEVICE float4 const* at(int part, int quad) const { return part == 0 ? first + quad : others + (part * kStep + quad); }
+  ETAP_DEVICE int unit(int block) const { return min(unit0 + block * width, end - 1); }
+  ETAP_DEVICE float4 const* at(int part, int unit) const {
+    return part == 0 ? first + unit : others + (part * kStep + unit);
+  }
 };
 
-// The weights (x and z) of a quad's rows in a part.
-template <class Cfg>
-ETAP_DEVICE float4 quad_weights(MergeScratch<Cfg> const& scratch, uint32_t part, uint32_t quad) {
-  return *reinterpret_cast<float4 const*>(&scratch.stats[part][quad_row<Cfg>(quad)]);
-}
-ETAP_DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-ETAP_DEVICE float4 add_weighted(float4 acc, float4 v, float4 w) {
-  return make_float4(fmaf(v.x, w.x, acc.x), fmaf(v.y, w.z, acc.y), fmaf(v.z, w.x, acc.z), fmaf(v.w, w.z, acc.w));
+// Adds one of a unit's parts.
+template <class Cfg, bool Packed>
+ETAP_DEVICE void add_part(UnitSum<Packed>& sum, MergeScratch<Cfg> const& scratch, float4 v, uint32_t part,
+                          uint32_t unit) {
+  int const row = PartialUnits<Cfg, Packed>::first_row(unit);
+  float4 const weights = *reinterpret_cast<float4 const*>(&scratch.stats[part][row]);  // x and z
+  sum.add(v, weights.x, weights.z);
 }
 
-// Asks again for those of a quad's staged parts that were not there yet; whether there were any.
-template <class Cfg>
-ETAP_DEVICE bool ask_again(SliceShare<Cfg> const& share, float4* stage, int part, int part_end, int quad) {
+// Asks again for those of a unit's staged parts that were not there yet; whether there were any.
+template <class Share>
+ETAP_DEVICE bool ask_again(Share const& share, float4* stage, int part, int part_end, int unit) {
   bool missing = false;
   ETAP_ROLLED
   for (; part < part_end; part += share.groups, stage += kConsumerThreads) {
     if (written(*stage)) continue;
-    copy_async(stage, share.at(part, quad));
+    copy_async(stage, share.at(part, unit));
     missing = true;
   }
   return missing;
 }
 
-// The sum of the threads that share a quad's parts, in the first group's.
-template <class Cfg>
-ETAP_DEVICE float4 sum_groups(MergeScratch<Cfg>& scratch, int width, float4 acc, int thread) {
+// The sum of the threads that share a unit's parts, in the first group's.
+template <class Cfg, bool Packed>
+ETAP_DEVICE UnitSum<Packed> sum_groups(MergeScratch<Cfg>& scratch, int width, UnitSum<Packed> sum, int thread) {
+  auto* const sums = reinterpret_cast<UnitSum<Packed>*>(scratch.group_sum);
   ETAP_ROLLED
-  for (int d = width; d < 32; d *= 2) {
-    acc = add(acc, make_float4(__shfl_down_sync(~0u, acc.x, d), __shfl_down_sync(~0u, acc.y, d),
-                               __shfl_down_sync(~0u, acc.z, d), __shfl_down_sync(~0u, acc.w, d)));
-  }
-  scratch.group_sum[thread] = acc;
+  for (int d = width; d < 32; d *= 2) sum.add(sum.of_lane_below(d));
+  sums[thread] = sum;
   sync_consumers();
   int const step = max(width, 32);
-  if (thread >= width) return acc;
+  if (thread >= width) return sum;
   ETAP_ROLLED
-  for (int i = thread + step; i < kConsumerThreads; i += step) acc = add(acc, scratch.group_sum[i]);
-  return acc;
+  for (int i = thread + step; i < kConsumerThreads; i += step) sum.add(sums[i]);
+  return sum;
 }
 
 // Statistics of all parts to shared memory, in two steps.
 template <class Cfg>
 ETAP_DEVICE void ask_statistics(PartialBuffer<Cfg> const& buffer, Piece const& piece, MergeScratch<Cfg>& scratch,
                                 int thread) {
-  float4* const stats = reinterpret_cast<float4*>(scratch.stats);
   ETAP_ROLLED
   for (int i = thread; i < piece.num_parts * MergeScratch<Cfg>::kStatQuads; i += kConsumerThreads) {
-    copy_async(stats + i, stat_quad(buffer, piece, i));
+    copy_async(&scratch.stat_quad(i), stat_quad(buffer, piece, i));
   }
 }
 template <class Cfg>
 ETAP_DEVICE void await_statistics(PartialBuffer<Cfg> const& buffer, Piece const& piece, MergeScratch<Cfg>& scratch,
                                   int thread) {
-  float4* const stats = reinterpret_cast<float4*>(scratch.stats);
   await_copies();
   ETAP_ROLLED
   for (int i = thread; i < piece.num_parts * MergeScratch<Cfg>::kStatQuads; i += kConsumerThreads) {
-    stats[i] = await_written(stats[i], stat_quad(buffer, piece, i));
+    float4& quad = scratch.stat_quad(i);
+    quad = await_written(quad, stat_quad(buffer, piece, i));
   }
 }
 
 // This CTA's slice of a piece's rows. What can be is worked out while something is on its way: instructions are what
 // this takes its time for. Partial results are read once their statistics are there, then most likely all at once; a
 // word that was not there yet makes its sum no number, and is asked for again.
-template <class T, class Cfg>
+template <class T, class Cfg, bool Packed>
 ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
                              RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
   constexpr int kStage = MergeScratch<Cfg>::kStage;
-  ask_statistics(buffer, piece, scratch, thread);
-  SliceShare<Cfg> const share(buffer, piece, thread);
-  // A round: so many parts of so many quads that they fit the stage.
+  SliceShare<Cfg, Packed> const share(buffer, piece, thread);
+  // A round: so many parts of so many units that they fit the stage.
   int const round_parts = min(share.own_parts, kStage);
   int round_blocks = kStage >> (32 - __clz(round_parts - 1)), part_step = round_parts * share.groups;
   keep(round_blocks), keep(part_step);
@@ -211,17 +211,18 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
   ETAP_ROLLED
   for (int block0 = 0; block0 < share.blocks; block0 += round_blocks) {
     int const block_end = min(block0 + round_blocks, share.blocks);
-    float4 acc = make_float4(0, 0, 0, 0);
+    UnitSum<Packed> sum;
+    sum.clear();
     ETAP_ROLLED
     for (int part0 = share.group; part0 < share.num_parts; part0 += part_step) {
       int const part_end = min(part0 + part_step, share.num_parts);
       float4* to = &scratch.stage[0][thread];
       ETAP_ROLLED
       for (int block = block0; block < block_end; ++block) {
-        int const quad = share.quad(block);
+        int const unit = share.unit(block);
         ETAP_ROLLED
         for (int part = part0; part < part_end; part += share.groups, to += kConsumerThreads) {
-          copy_async(to, share.at(part, quad));
+          copy_async(to, share.at(part, unit));
         }
       }
       if (!weighed) {
@@ -233,30 +234,30 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
       float4* from = &scratch.stage[0][thread];
       ETAP_ROLLED
       for (int block = block0; block < block_end; ++block) {
-        int quad = share.quad(block);
-        float4 const before = acc;
-        float4* const quads = from;
+        int unit = share.unit(block);
+        UnitSum<Packed> const before = sum;
+        float4* const staged = from;
         while (true) {
           ETAP_ROLLED
           for (int part = part0; part < part_end; part += share.groups, from += kConsumerThreads) {
-            acc = add_weighted(acc, *from, quad_weights(scratch, part, quad));
+            add_part(sum, scratch, *from, part, unit);
           }
-          if (!isnan(acc.x + acc.y + acc.z + acc.w) || !ask_again(share, quads, part0, part_end, quad)) break;
+          if (sum.is_number() || !ask_again(share, staged, part0, part_end, unit)) break;
           await_copies();
-          acc = before, from = quads;
+          sum = before, from = staged;
         }
         if (part_end < share.num_parts) continue;
-        keep(quad);
+        keep(unit);
         if (share.groups > 1) break;  // its one block
-        if (share.quad0 + block * share.width < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, acc);
-        acc = make_float4(0, 0, 0, 0);
+        if (share.unit0 + block * share.width < share.end) store_unit<T, Cfg>(p, rows, scratch.scale, unit, sum);
+        sum.clear();
       }
     }
     if (share.groups > 1) {
-      acc = sum_groups(scratch, share.width, acc, thread);
-      int quad = share.quad0;
-      keep(quad);
-      if (thread < share.width && quad < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, acc);
+      sum = sum_groups(scratch, share.width, sum, thread);
+      int unit = share.unit0;
+      keep(unit);
+      if (thread < share.width && unit < share.end) store_unit<T, Cfg>(p, rows, scratch.scale, unit, sum);
     }
   }
 }
@@ -264,12 +265,22 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
 template <class T, class Cfg>
 ETAP_DEVICE void merge_pending(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int thread) {
   auto& scratch = *reinterpret_cast<MergeScratch<Cfg>*>(smem.ring);
-  PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
+  bool const packed = packs_partials<T, Cfg>(p);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch, packed);
   ETAP_ROLLED
   for (int i = 0; i < smem.control.num_pending; ++i) {
     sync_consumers();  // the ring is idle, pending[] is written; the scratch may be written again
     Piece const piece = smem.control.pending[i];
-    merge_slice<T>(p, buffer, piece, smem.control.rows[i], value_scale(smem, i), scratch, thread);
+    ask_statistics(buffer, piece, scratch, thread);
+    RowTarget const* const rows = smem.control.rows[i];
+    float const scale = value_scale(smem, i);
+    if constexpr (kMayPack<T, Cfg>) {
+      if (packed) {
+        merge_slice<T, Cfg, true>(p, buffer, piece, rows, scale, scratch, thread);
+        continue;
+      }
+    }
+    merge_slice<T, Cfg, false>(p, buffer, piece, rows, scale, scratch, thread);
   }
 }
 

@@ -72,7 +72,7 @@ struct WorkspaceHeader {
   uint32_t epoch;                 // launches so far
   uint32_t readers;               // CTAs of this launch that are done with the epoch
   uint32_t pad[2];
-  uint8_t dirty[kMaxCtas][2][2];  // [CTA][buffer][slot of the CTA]: holds a partial result
+  uint8_t dirty[kMaxCtas][2][2];  // [CTA][buffer][slot of the CTA]: holds a partial result, in 16 bits (1) or fp32 (2)
 };
 
 constexpr int kWorkspaceHeaderBytes = 2048;

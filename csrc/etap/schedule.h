@@ -89,11 +89,14 @@ struct Piece {      // in this order, nvcc 13.0 spills nothing on its way to sha
 };
 
 // Of few tiles, fewer CTAs have more each: fewer partial results to merge, and 64 SMs draw nearly all that memory gives.
+// From half as many tiles on, that is worth it for requests in many parts or (as many as these CTAs) in one. Measured.
 constexpr int kFewTiles = 512, kFewCtas = 64;
 
 // CTAs of a launch that its work is divided over, at most.
 ETAP_HD int ctas_of(int tiles, int virtual_requests, int grid) {
-  return tiles <= kFewTiles && virtual_requests <= kFewCtas ? min_int(grid, kFewCtas) : grid;
+  bool const many_parts = virtual_requests < kFewCtas / 8, one_part = virtual_requests > kFewCtas / 2;
+  bool const few = tiles <= kFewTiles / 2 || (tiles <= kFewTiles && (many_parts || one_part));
+  return few && virtual_requests <= kFewCtas ? min_int(grid, kFewCtas) : grid;
 }
 
 // ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike.

@@ -30,8 +30,8 @@ enum Barrier : uint32_t {
   kBarrierGroup1 = 1,     // 128 threads of consumer warpgroup 1: likewise
   kBarrierInit = 3,       // 128 threads, for the warp that plans: barriers are initialised, the epoch is there
   kBarrierStart = 4,      // the other 352 threads: likewise
-  kBarrierConsumers = 2,  // 256 threads: Q is in shared memory; O^T halves exchanged; steps of the merge. 64 rows: P^T
-  kBarrierProbRead0 = 5,  // 64 rows. Warpgroup 0 arrives: it has read P^T. Warpgroup 1 waits, and writes the next
+  kBarrierConsumers = 2,  // 256 threads: Q is in shared memory; O^T halves exchanged; steps of the merge. Wide: P^T
+  kBarrierProbRead0 = 5,  // wide. Warpgroup 0 arrives: it has read P^T. Warpgroup 1 waits, and writes the next
   kBarrierProbRead1 = 6,  // the other way round
 };
 

@@ -74,18 +74,18 @@ struct alignas(1024) SharedStorage {
   // Q: chunks of [row][64 columns], swizzled; rope last.
   uint8_t query[Cfg::kQueryChunks][Cfg::kRowTile * 128];
   // P^T as [part][row][64 keys], swizzled; two buffers per writer, so that a tile's writers need not wait for the
-  // readers of the tile before. 64 rows: one, for a longer ring. With scales for groups of latent columns, a version for
+  // readers of the tile before. Wide: one, for all. With scales for groups of latent columns, a version for
   // each, in the order of the tile's chunks.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbVersions * Cfg::kProbBytes];
   struct Control : ScaleStorage<Cfg> {
     float4 warp_stat[kConsumerGroups][Cfg::kScoreRows];  // of each warp of a warpgroup: tile maximum, or sum
     float reference[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units)
-    float row_scale[Cfg::kE4m3 || Cfg::kWide ? Cfg::kRowTile : 1];  // e4m3: a score's factor to log2 units; 64 rows:
+    float row_scale[Cfg::kE4m3 || Cfg::kWide ? Cfg::kRowTile : 1];  // e4m3: a score's factor to log2 units; wide:
                                                                     // O^T's, under a raised reference maximum
     float value_scale[Cfg::kE4m3 ? 4 : 1];             // e4m3: ckv_scale, by PieceInfo::table
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
-    EmptyBarrier empty[Cfg::kRing];    // 4 arrivals: the warps of the warpgroup that used the chunk last; 64 rows: 8
+    EmptyBarrier empty[Cfg::kRing];    // 4 arrivals: the warps of the warpgroup that used the chunk last; wide: 8
     EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces

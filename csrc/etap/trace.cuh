@@ -12,7 +12,7 @@ enum Event {
   kPlanned,       // plan and first piece are in shared memory
   kLookedUp,      // the first page-table entries are there; the first copy is issued next
   kQueryThere,    // Q is in shared memory
-  kScored,        // S^T of the first tile (16-bit caches of up to 32 rows)
+  kScored,        // S^T of the first tile (16-bit caches; not wide)
   kTilesDone,     // warpgroup 0 is through with the tiles
   kPieceDone,     // results are stored, partial ones on their way
   kStatsThere,    // merge: statistics of all parts

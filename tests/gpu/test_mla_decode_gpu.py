@@ -109,6 +109,13 @@ def test_strided_output() -> None:
     assert torch.equal(wide[..., :512], expected) and wide[..., 512:].isnan().all()
 
 
+@pytest.mark.parametrize("log2", [-100, -20, -13, 10, 17, 100])
+def test_caches_in_and_out_of_fp16_range(log2: int) -> None:
+    for heads, precise in ((16, None), (16, False), (24, None), (32, None), (64, None)):
+        check(Problem(lengths=(3000, 64, 1000, 0), heads=heads, cache_scale=2.0**log2, precise=precise))
+        check(Problem(lengths=(70, 500), heads=heads, sq=2, causal=True, cache_scale=2.0**log2, precise=precise, seed=1))
+
+
 @pytest.mark.parametrize("logits", ["extreme", "rising", "falling"])
 @pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
