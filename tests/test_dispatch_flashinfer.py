@@ -222,20 +222,6 @@ def test_an_e4m3_cache(module: ModuleType, options: dict[str, Any]) -> None:
     torch.testing.assert_close(lse, exact_lse.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_flashinfer_keeps_many_rows_of_a_16_bit_cache(module: ModuleType, options: dict[str, Any]) -> None:
-    """The longest query has two tokens, so 8 heads are 16 rows."""
-    for heads, reason in ((8, None), (9, "more than 16 query rows: FlashInfer is faster")):
-        step = Step(heads=heads)
-        wrapper = step.plan(module.BatchMLAPagedAttentionWrapper())
-        reset_counts()
-        with patched(NAME, **options):
-            result = wrapper.run(*step.split())
-        assert isinstance(result, str) == (reason is not None)
-        assert status().fallbacks == ({reason: 1} if reason else {})
-        with patched(NAME, **options, only_where_faster=False):
-            assert wrapper.run(*step.split()).shape == (5, heads, 512)
-
-
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
@@ -310,21 +296,15 @@ def test_patched_module_is_left_alone(module: ModuleType, options: dict[str, Any
     assert wrapper.run(*step.split()) == "upstream" and not status().fallbacks and status().etap_calls == 0
     wrapper._planned_backend = SimpleNamespace(_cached_module=object())  # later releases: not the patched one
     assert wrapper.run(*step.split()).shape == (5, 8, 512)
-    with patched(NAME, **options, strict=True, max_rows=8):
-        pass
-    with patched(NAME, **options, only_where_faster=False):
+    with patched(NAME, **options, strict=True, max_rows=64):  # more rows only by switch.set_max_rows
         pass
     disable()
     assert set_to == [
-        ("rows", None),
-        ("mode", "auto"),
-        ("rows", 8),
-        ("mode", "always"),
-        ("rows", None),
+        ("rows", 24),
         ("mode", "auto"),
         ("rows", 32),
-        ("mode", "auto"),
-        ("rows", None),
+        ("mode", "always"),
+        ("rows", 24),
         ("mode", "auto"),
         ("mode", "never"),
     ]

@@ -20,11 +20,11 @@
 namespace etap::flashinfer {
 namespace {
 
-constexpr int kByCache = -1;       // g_max_rows: as default_max_rows says
+constexpr int kDefaultMaxRows = 32;  // beyond, upstream is faster in some cells
 constexpr int kDefaultPParts = 0;    // as the GPU's default is
 
 Switch<kNumReasons> g_switch("ETAP_FLASHINFER");
-std::atomic<int> g_max_rows{kByCache};
+std::atomic<int> g_max_rows{kDefaultMaxRows};
 std::atomic<int> g_p_parts{kDefaultPParts};
 thread_local Reason t_last_reason = Reason::kTaken;
 
@@ -38,8 +38,7 @@ void check(cudaError_t status, char const* what) {
 
 bool accept(Call const& call) {
   int const mode = g_switch.checked_mode();
-  int const set = g_max_rows.load(std::memory_order_relaxed), max_rows = set == kByCache ? default_max_rows(call) : set;
-  Reason const reason = mode == kNever ? Reason::kSwitchedOff : judge(call, max_rows);
+  Reason const reason = mode == kNever ? Reason::kSwitchedOff : judge(call, g_max_rows.load(std::memory_order_relaxed));
   t_last_reason = reason;
   g_switch.note(static_cast<int>(reason));
   if (reason == Reason::kTaken) return true;
@@ -80,10 +79,9 @@ ETAP_EXPORT int etap_flashinfer_mode() { return etap::flashinfer::g_switch.mode(
 // Returns the previous mode, or -2, changing nothing, for one that does not exist.
 ETAP_EXPORT int etap_flashinfer_set_mode(int mode) { return etap::flashinfer::g_switch.set_mode(mode); }
 
-// Most query rows (tokens x heads) of a call that ETAP takes; -1 (default): 16, but 32 for an e4m3 cache. Returns the
-// previous limit, or -2, changing nothing, for another negative one.
+// Most query rows (tokens x heads) of a call that ETAP takes. Returns the previous limit, or -1 for a negative one.
 ETAP_EXPORT int etap_flashinfer_set_max_rows(int rows) {
-  return rows < -1 ? -2 : etap::flashinfer::g_max_rows.exchange(rows, std::memory_order_relaxed);
+  return rows < 0 ? -1 : etap::flashinfer::g_max_rows.exchange(rows, std::memory_order_relaxed);
 }
 
 // 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20 and for an e4m3 cache. Returns the

@@ -73,9 +73,6 @@ inline bool rows_aligned(void const* data, RowStrides const& stride, int num_hea
          (num_heads <= 1 || stride.head % 8 == 0);
 }
 
-// Beyond, upstream measured faster: with 17 to 32 rows up to 9%. An e4m3 cache it reads several times slower.
-inline int default_max_rows(Call const& c) { return c.ckv == Element::kE4m3 ? 32 : 16; }
-
 // kTaken if ETAP can run the call, else why not. max_rows: the most query rows (tokens x heads) per request.
 inline Reason judge(Call const& c, int max_rows) {
   MlaDecodeParams const& p = c.params;
