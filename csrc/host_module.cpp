@@ -29,12 +29,12 @@ std::vector<etap::RequestWork> request_work(std::vector<int> const& lengths,
 // The pieces of every CTA: (request, row tile, first tile, end tile, parts, part, workspace slot).
 std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
                                               std::optional<std::vector<int>> const& q_lens, int heads, int row_tile,
-                                              int num_ctas) {
+                                              int num_ctas, bool uneven) {
   if (num_ctas < 1) throw pybind11::value_error("num_ctas must be at least 1");
   auto const work = request_work(lengths, q_lens, heads, row_tile);
   etap::WorkTotals totals;
   for (auto const& w : work) totals.add(w);
-  etap::Plan const plan = etap::make_plan(totals, num_ctas, [&](int share) {
+  etap::Plan const plan = etap::make_plan(totals, num_ctas, uneven, [&](int share) {
     int ctas = 0;
     for (auto const& w : work) ctas += etap::aligned_ctas(w, share);
     return ctas;
@@ -45,8 +45,8 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
     while (prefix + etap::plan_weight(plan, work[request]) <= etap::plan_target(plan, cta)) {
       prefix += etap::plan_weight(plan, work[request++]);
     }
-    for (etap::PieceCursor cursor(plan, cta, request, prefix); !cursor.done();) {
-      etap::Piece const p = cursor.next([&](int b) { return work[b]; });
+    etap::PieceCursor cursor(plan, cta, request, prefix);
+    for (etap::Piece p; cursor.next([&](int b) { return work[b]; }, p);) {
       result[cta].emplace_back(p.request, p.row_tile, p.begin, p.end, p.num_parts, p.part, p.slot(p.part));
     }
   }
@@ -83,9 +83,10 @@ std::vector<pybind11::dict> configs() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Work split and tile configurations of the ETAP kernel.";
   m.def("cta_work", &cta_work, pybind11::arg("lengths"), pybind11::arg("q_lens"), pybind11::arg("heads"),
-        pybind11::arg("row_tile"), pybind11::arg("num_ctas"),
+        pybind11::arg("row_tile"), pybind11::arg("num_ctas"), pybind11::arg("uneven") = true,
         "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
-        "tiles of 64 keys. Raises ValueError for inconsistent arguments.");
+        "tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). Raises ValueError for "
+        "inconsistent arguments.");
   m.def("kernel_configs", [] {
     auto list = configs<CacheFormat::kQueryType>();
     list.push_back(config<64, 1, CacheFormat::kQueryType>());

@@ -30,8 +30,10 @@ class Piece(NamedTuple):
 def partition(host: ModuleType):
     """The partition as one list of pieces per CTA: the only place that knows the host module's form."""
 
-    def call(lengths: list[int], q_lens: list[int] | None, heads: int, row_tile: int, num_ctas: int) -> Work:
-        work = host.cta_work(lengths, q_lens, heads, row_tile, num_ctas)
+    def call(
+        lengths: list[int], q_lens: list[int] | None, heads: int, row_tile: int, num_ctas: int, uneven: bool = True
+    ) -> Work:
+        work = host.cta_work(lengths, q_lens, heads, row_tile, num_ctas, uneven)
         return [[Piece(*piece) for piece in pieces] for pieces in work]
 
     return call
@@ -46,11 +48,12 @@ lengths_ = st.one_of(
 
 
 @st.composite
-def problems(draw) -> tuple[list[int], list[int] | None, int, int, int]:
+def problems(draw) -> tuple[list[int], list[int] | None, int, int, int, bool]:
     lengths = draw(lengths_)
     q_lens = draw(st.none() | st.lists(st.integers(0, 8), min_size=len(lengths), max_size=len(lengths)))
     heads = draw(st.sampled_from((1, 5, 8, 16, 17, 32, 64, 128)))
-    return lengths, q_lens, heads, draw(st.sampled_from((8, 16, 32, 64))), draw(st.integers(1, 132))
+    row_tile, num_ctas = draw(st.sampled_from((8, 16, 32, 64))), draw(st.sampled_from((132, 78)) | st.integers(1, 132))
+    return lengths, q_lens, heads, row_tile, num_ctas, draw(st.booleans())
 
 
 def virtual_requests(lengths: list[int], q_lens: list[int] | None, heads: int, row_tile: int) -> dict[tuple, int]:
@@ -64,16 +67,22 @@ def virtual_requests(lengths: list[int], q_lens: list[int] | None, heads: int, r
     }
 
 
+def num_ctas_of(tiles: int, requests: int, num_ctas: int) -> int:
+    """The CTAs that so many tiles of so many virtual requests are divided over."""
+    few = tiles <= 256 or (tiles <= 512 and not 8 <= requests <= 32)
+    return min(num_ctas, 64) if few and requests <= 64 else num_ctas
+
+
 @settings(max_examples=400, deadline=None)
 @given(problems())
-@example(([], None, 16, 16, 132))
-@example(([0, 0, 0], None, 16, 16, 132))
-@example(([64], None, 16, 16, 132))
-@example(([131072], None, 16, 16, 132))
-@example(([8192] * 16, None, 16, 16, 132))
-@example(([100] * 133, None, 128, 64, 132))
+@example(([], None, 16, 16, 132, True))
+@example(([0, 0, 0], None, 16, 16, 132, True))
+@example(([64], None, 16, 16, 132, True))
+@example(([131072], None, 16, 16, 132, True))
+@example(([8192] * 16, None, 16, 16, 132, True))
+@example(([100] * 133, None, 128, 64, 132, True))
 def test_partition(partition, problem) -> None:
-    lengths, q_lens, heads, row_tile, num_ctas = problem
+    lengths, q_lens, heads, row_tile, num_ctas, uneven = problem
     work = partition(*problem)
     expected = virtual_requests(lengths, q_lens, heads, row_tile)
     assert len(work) <= num_ctas
@@ -91,11 +100,15 @@ def test_partition(partition, problem) -> None:
         assert {p.num_parts for p in pieces} == {len(pieces)}
         assert [p.begin for p in pieces] == [0, *(p.end for p in pieces[:-1])] and pieces[-1].end == expected[key]
 
-    # balanced: to one tile, or to an eighth where that saves merges; few tiles over 64 CTAs
+    # balanced: to one tile, or to an eighth where that saves merges, or (where memory is the limit) to what saves pieces;
+    # few tiles over 64 CTAs
     total = sum(expected.values())
-    ideal = -(-total // (min(num_ctas, 64) if total <= 512 and len(expected) <= 64 else num_ctas))
+    ideal = -(-total // num_ctas_of(total, len(expected), num_ctas))
     loads = [sum(p.end - p.begin for p in pieces) for pieces in work]
-    assert max(loads, default=0) <= ideal + (max(1, ideal // 8) if total else 0), (loads, ideal)
+    slack = max(1, ideal // 8)
+    assert max(loads, default=0) <= ideal + ((ideal * 5 // 8 + 4 if uneven else slack) if total else 0), (loads, ideal)
+    if uneven and max(loads, default=0) > ideal + slack:  # then every CTA has one piece, or no request is cut
+        assert all(len(pieces) <= 1 for pieces in work) or all(p.num_parts == 1 for ps in work for p in ps)
 
     # partial results: a slot of its own each, and only the first and the last piece of a CTA may be one
     slots = [p.slot for pieces in work for p in pieces if p.num_parts > 1]
@@ -110,6 +123,23 @@ def test_equal_requests_are_cut_alike(partition) -> None:
     assert all(len(pieces) == 1 for pieces in work)
     loads = {p.end - p.begin for pieces in work for p in pieces}
     assert max(loads) - min(loads) <= 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pieces"),
+    [([512] * 80, 80), ([2048] * 100, 100), ([128, 1024] * 64, 128), ([512] * 200, 200), ([1024] * 280, 280)],
+)
+def test_requests_of_some_length_stay_whole(partition, lengths: list[int], pieces: int) -> None:
+    """No merge, though CTAs get up to twice what others do: memory is the limit either way."""
+    work = partition(lengths, None, 16, 16, 132)
+    assert sum(len(w) for w in work) == pieces and all(p.num_parts == 1 for w in work for p in w)
+    assert sum(len(w) for w in partition(lengths, None, 16, 16, 132, False)) > pieces
+
+
+def test_ragged_requests_are_one_piece_a_cta(partition) -> None:
+    lengths = [128 + 30 * i for i in range(64)]
+    assert max(len(pieces) for pieces in partition(lengths, None, 16, 16, 132)) == 1
+    assert max(len(pieces) for pieces in partition(lengths, None, 16, 16, 132, False)) > 1
 
 
 def test_one_short_request_is_not_split_further_than_its_tiles(partition) -> None:

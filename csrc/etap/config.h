@@ -110,6 +110,7 @@ struct TileConfig {
   static constexpr int kPaired = kRingMost / (2 * kRingTile) * (2 * kRingTile);
   static constexpr int kRing = 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
+  static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
   static constexpr bool kTogether = kWide && kRing == 2 * kRingTile;  // see await_slots
   // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).
   static constexpr int kRingShift = kRing % (2 * kRingTile);

@@ -82,11 +82,11 @@ template <class Cfg>
 ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, PieceCursor& cursor, int index,
                             int lane) {
   if (lane == 0) {
-    if (cursor.done()) {
-      write_end<Cfg>(control, index);
-    } else {
-      Piece const piece = cursor.next([&](int b) { return request_work<Cfg>(p, b); });
+    Piece piece;
+    if (cursor.next([&](int b) { return request_work<Cfg>(p, b); }, piece)) {
       write_piece<Cfg>(p, control, index, piece, cache_len(p, piece.request));
+    } else {
+      write_end<Cfg>(control, index);
     }
     control.cursor = cursor;
   }
@@ -136,7 +136,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
   int own_ctas[kOwnRequests], own_sum = 0;  // aligned
-  Plan const plan = make_plan(totals, gridDim.x, [&](int share) {
+  Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, [&](int share) {
     own_sum = 0;
     if (owned) {
       own_sum = own_ctas[0] = aligned_ctas(own[0], share);
@@ -186,7 +186,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   }
   PieceCursor cursor(plan, cta, request, prefix);
   next_piece<Cfg>(p, control, cursor, 0, lane);
-  if (cta < plan.num_ctas) found(control.piece[0], control.piece[0].len);
+  if (control.piece[0].request >= 0) found(control.piece[0], control.piece[0].len);
 }
 
 // Hands the pieces to the CTA's warps, in order. The first was worked out with the plan.

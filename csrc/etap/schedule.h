@@ -1,11 +1,13 @@
 // How the work of one launch is divided over CTAs: from lengths alone, on the device, without a host
 // synchronisation. Plain C++17 under ETAP_HD, so that the CPU tests run the partition the GPU runs.
 //
-// A request of n tiles and r row tiles is r "virtual requests" of n tiles each. Two ways to cut them:
+// A request of n tiles and r row tiles is r "virtual requests" of n tiles each. Three ways to cut them:
 //   aligned  every CTA gets one piece; a virtual request is cut into ceil(n / share) equal pieces
-//   flat     all tiles in one line, cut into equal shares; a CTA may hold pieces of several requests, of which
-//            only its first and its last can be partial
-// Aligned is chosen where it is about as balanced as flat: it needs fewer merges.
+//   whole    all tiles in one line, cut into equal shares; a virtual request goes as a whole where its first tile is
+//   flat     likewise, but cut where the shares end: a CTA may hold pieces of several requests, of which only its
+//            first and its last can be partial
+// In this order, the first that is balanced enough. A second piece in a CTA costs some 5 us and each merge 2, while an uneven
+// cut costs nothing as long as memory is the limit: CTAs that have more left draw what those that are through leave.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -71,8 +73,9 @@ ETAP_HD int aligned_ctas(RequestWork w, int share) { return quotient_up(w.tiles,
 struct Plan {
   int total_tiles;  // over all virtual requests
   int num_ctas;     // CTAs that take part
-  int share;        // aligned: most tiles per CTA; flat: 0
+  int share;        // aligned: most tiles per CTA; else 0
   EvenCut flat;     // of total_tiles over num_ctas
+  bool whole;       // not aligned: no virtual request is cut
 };
 
 struct Piece {      // in this order, nvcc 13.0 spills nothing on its way to shared memory
@@ -99,25 +102,35 @@ ETAP_HD int ctas_of(int tiles, int virtual_requests, int grid) {
   return few && virtual_requests <= kFewCtas ? min_int(grid, kFewCtas) : grid;
 }
 
-// ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike.
+// How many tiles more than its even share a CTA may have. A CTA alone can draw 1.6 times (H200) to 2.2 times (H100) its share of
+// the memory's bandwidth; with long shares what the other cuts cost matters less.
+ETAP_HD int most_uneven(int ideal) { return ideal * 5 / 8 + 4; }
+ETAP_HD int most_uneven_aligned(int ideal) { return min_int(most_uneven(ideal), ideal / 8 + 12); }
+
+// ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike. `uneven`: memory is the
+// limit, not the CTAs; else shares differ by an eighth at most.
 template <class CtasFor>
-ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, CtasFor&& ctas_for) {
+ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, CtasFor&& ctas_for) {
   Plan plan;
   grid = ctas_of(totals.tiles, totals.virtual_requests, grid);
   plan.total_tiles = totals.tiles;
   plan.num_ctas = min_int(grid, totals.tiles);
   plan.share = 0;
+  plan.whole = false;
   if (totals.tiles == 0) return plan;
+  int const ideal = quotient_up(totals.tiles, grid);
   if (totals.virtual_requests <= grid) {
-    int const ideal = quotient_up(totals.tiles, grid);
-    int const limit = ideal + max_int(1, ideal / 8);
-    // Try the ideal share, then the one that gives every virtual request the same CTAs (always feasible, if it is
-    // about as good), then half way to the limit.
+    int const eighth = max_int(1, ideal / 8), more = uneven ? most_uneven_aligned(ideal) : eighth;
+    bool const equal = totals.longest * totals.virtual_requests == totals.tiles;
+    // The ideal share, then the one that gives every virtual request the same CTAs (always feasible, if it is about as
+    // good), then larger ones.
     ETAP_ROLLED
-    for (int step = 0; step < 3; ++step) {
-      int share = ideal;
-      if (step == 1) share = min_int(quotient_up(totals.longest, quotient(grid, totals.virtual_requests)), limit);
-      if (step == 2) share = ideal + (limit - ideal) / 2;
+    for (int step = 0; step < 6; ++step) {
+      int share = ideal + max_int(0, step - 1) * more / 4;
+      if (step == 1) {
+        int const alike = quotient_up(totals.longest, quotient(grid, totals.virtual_requests));
+        share = min_int(alike, ideal + (equal ? more : eighth));
+      }
       int const needed = ctas_for(share);
       if (needed <= grid) {
         plan.num_ctas = needed;
@@ -127,6 +140,8 @@ ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, CtasFor&& ctas_for) {
     }
   }
   plan.flat = EvenCut(totals.tiles, plan.num_ctas);
+  // With less than one and a half each, few CTAs would be at work at the end.
+  plan.whole = uneven && 2 * totals.virtual_requests >= 3 * grid && totals.longest <= most_uneven(ideal);
   return plan;
 }
 
@@ -172,7 +187,7 @@ ETAP_HD Piece flat_piece(Plan const& plan, RequestWork w, int request, int prefi
 struct PieceCursor {
   Plan plan;
   int cta, request, prefix;
-  int next_tile, end_tile;  // flat: in the line of all tiles; aligned: 0 and 1, then 1 and 1
+  int next_tile, end_tile;  // in the line of all tiles; aligned: 0 and 1, then 1 and 1
 
   PieceCursor() = default;
   ETAP_HD PieceCursor(Plan const& plan_, int cta_, int request_, int prefix_)
@@ -183,24 +198,41 @@ struct PieceCursor {
     }
   }
 
-  ETAP_HD bool done() const { return next_tile >= end_tile; }
-
-  // The next piece. work_of(request) gives a RequestWork. Only valid while !done().
+  // The next piece, if there is one. work_of(request) gives a RequestWork.
   template <class WorkOf>
-  ETAP_HD Piece next(WorkOf&& work_of) {
-    RequestWork w = work_of(request);
-    int const at = plan.share ? cta : next_tile;
-    for (int weight = plan_weight(plan, w); at >= prefix + weight; weight = plan_weight(plan, w)) {
-      prefix += weight;
-      w = work_of(++request);
+  ETAP_HD bool next(WorkOf&& work_of, Piece& piece) {
+    ETAP_ROLLED
+    while (next_tile < end_tile) {
+      int const at = plan.share ? cta : next_tile;
+      RequestWork w = work_of(request);
+      for (int weight = plan_weight(plan, w); at >= prefix + weight; weight = plan_weight(plan, w)) {
+        prefix += weight;
+        w = work_of(++request);
+      }
+      if (plan.share) {
+        next_tile = end_tile;
+        piece = aligned_piece(w, request, prefix, aligned_ctas(w, plan.share), cta);
+        return true;
+      }
+      if (!plan.whole) {
+        piece = flat_piece(plan, w, request, prefix, cta, at);
+        next_tile += piece.end - piece.begin;
+        return true;
+      }
+      int const row_tile = w.row_tiles == 1 ? 0 : quotient(at - prefix, w.tiles), start = prefix + row_tile * w.tiles;
+      next_tile = start + w.tiles;
+      if (start < at) continue;  // it began before this CTA's share
+      piece.request = request;
+      piece.begin = 0;
+      piece.end = w.tiles;
+      piece.row_tile = row_tile;
+      piece.num_parts = 1;
+      piece.part = 0;
+      piece.first_cta = cta;
+      piece.first_slot = 2 * cta;
+      return true;
     }
-    if (plan.share) {
-      next_tile = end_tile;
-      return aligned_piece(w, request, prefix, aligned_ctas(w, plan.share), cta);
-    }
-    Piece const piece = flat_piece(plan, w, request, prefix, cta, at);
-    next_tile += piece.end - piece.begin;
-    return piece;
+    return false;
   }
 };
 
