@@ -204,13 +204,13 @@ def transposed_tile(rows: int, p_parts: int = 1, row_tile: int = 32) -> Instruct
 
 
 def etap_tile(rows: int, p_parts: int | None = None, kv_dtype: str = "bf16") -> Instructions:
-    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, and 1 for an e4m3 cache and for more
-    than 32 rows.
+    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, and 1 for an e4m3 cache and for
+    more than 32 rows.
 
     `transposed_tile` where each of two warpgroups has tiles of its own: up to 8 rows, with P in one part up to 32, and
     for an e4m3 cache. Else both work on every tile: each scores half the rows, so the scores take twice as many
-    instructions of half the N, and accumulates half the latent columns of all of them. P's parts stand side by side on N
-    up to 16 rows. Counted, not measured.
+    instructions of half the N, and accumulates half the latent columns of all of them. P's parts stand side by side on
+    N up to 16 rows. Counted, not measured.
     """
     parts = p_parts or (1 if kv_dtype == "e4m3" or rows > 32 else 2)
     if kv_dtype == "e4m3" or rows <= 8 or (rows <= 32 and parts == 1):

@@ -132,15 +132,15 @@ def etap_model(
     """The ETAP pipeline, S^T = K Q^T and O^T += V^T P^T over 64-key tiles.
 
     The tiles of a request are cut into `num_parts` contiguous shares, one per CTA. In each share two warpgroups take
-    alternate tiles, each with its own reference maximum m, sum l and O^T; or both work on every tile, which then has one
-    of each: with more than 32 query rows (those of the longest request), and with more than 8 where `p_parts` is 2.
+    alternate tiles, each with its own reference maximum m, sum l and O^T; or both work on every tile, which then has
+    one of each: with more than 32 query rows (those of the longest request), and with more than 8 where `p_parts` is 2.
     S^T is fp32 of 16-bit products.
     P^T = exp2(S^T c - m); m starts as the first tile's maximum and is raised to a tile's maximum only where that
     exceeds it by more than `raise_by`, when l and O^T are rescaled. P^T is rounded to the input dtype in one part, or
     split into a high and a low one (`p_parts` = 2). l sums the unrounded P. Warpgroups, then shares, are merged in
-    fp32; the output is rounded once, to `out_dtype` (default: the input dtype). Where both warpgroups work on every tile
-    and the output is bf16, O^T of a share is rounded to fp16 before, or to bf16 out of fp16's range (the kernel decides
-    that for groups of values, this model for each value and row).
+    fp32; the output is rounded once, to `out_dtype` (default: the input dtype). Where both warpgroups work on every
+    tile and the output is bf16, O^T of a share is rounded to fp16 before, or to bf16 out of fp16's range (the kernel
+    decides that for groups of values, this model for each value and row).
     """
     if p_parts not in (1, 2):
         raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")

@@ -305,8 +305,8 @@ def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: 
     parts), that of `rounded_reference`, plus P's own rounding where the reference happens to have none; a tenth of that
     for two parts and float32 output, where nothing but P is rounded; each row's largest error likewise, plus half an
     ulp of the output, and with one part twice what P's rounding moves such a row by; LSE within 1e-5, -inf exactly
-    where no key is seen. Where partial results may be out of fp16's range, their rounding to bf16 comes on top of P's in
-    one part.
+    where no key is seen. Where partial results may be out of fp16's range, their rounding to bf16 comes on top of P's
+    in one part.
     """
     p = built.problem
     coarse = p.cache_scale != 1.0 and p.out_dtype is None

@@ -100,8 +100,8 @@ def test_partition(partition, problem) -> None:
         assert {p.num_parts for p in pieces} == {len(pieces)}
         assert [p.begin for p in pieces] == [0, *(p.end for p in pieces[:-1])] and pieces[-1].end == expected[key]
 
-    # balanced: to one tile, or to an eighth where that saves merges, or (where memory is the limit) to what saves pieces;
-    # few tiles over 64 CTAs
+    # balanced: to one tile, or to an eighth where that saves merges, or (where memory is the limit) to what saves
+    # pieces; few tiles over 64 CTAs
     total = sum(expected.values())
     ideal = -(-total // num_ctas_of(total, len(expected), num_ctas))
     loads = [sum(p.end - p.begin for p in pieces) for pieces in work]

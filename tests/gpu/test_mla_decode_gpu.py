@@ -113,7 +113,7 @@ def test_strided_output() -> None:
 def test_caches_in_and_out_of_fp16_range(log2: int) -> None:
     for heads, precise in ((16, None), (16, False), (24, None), (32, None), (64, None)):
         check(Problem(lengths=(3000, 64, 1000, 0), heads=heads, cache_scale=2.0**log2, precise=precise))
-        check(Problem(lengths=(70, 500), heads=heads, sq=2, causal=True, cache_scale=2.0**log2, precise=precise, seed=1))
+        check(Problem(lengths=(70, 500), heads=heads, sq=2, causal=True, cache_scale=2.0**log2, precise=precise))
 
 
 @pytest.mark.parametrize("logits", ["extreme", "rising", "falling"])
