@@ -41,7 +41,8 @@ SIGNATURES = {
     ),
     (SGL, "flash_attn_with_kvcache"): (
         f"q, k_cache, v_cache, {_NEW}, {_CACHE}, {_RAGGED}, {_DESCALE}, {_SCALE}, {_WINDOW}, attention_chunk=None, "
-        f"softcap=0.0, rotary_interleaved=True, {_TUNING}, sinks=None, ver=3"
+        "softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, only_qv=False, "
+        "sm_margin=0, return_softmax_lse=False, sinks=None, score_mod=None, aux_tensors=None, ver=3, out=None"
     ),
     (SGL, "flash_attn_varlen_func"): (
         f"{_VARLEN}, {_SCALE}, qv=None, {_DESCALE}, {_WINDOW}, attention_chunk=0, softcap=0.0, num_splits=1, "

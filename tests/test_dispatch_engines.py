@@ -64,6 +64,23 @@ def test_sglang() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("only_qv", [False, True])
+def test_sglang_passes_every_argument_itself(only_qv: bool) -> None:
+    """Between its backends and sgl_kernel lies a function that names all it has, neutral or not (0.5.23). only_qv: a
+    model without a rope part, whose q is None."""
+    sgl, operator = engine(SGL), Recorder()
+    parameters = inspect.signature(sgl.flash_attn_with_kvcache).parameters
+    given = {name: p.default for name, p in parameters.items() if name not in ("score_mod", "aux_tensors", "ver")}
+    given |= {name: value for name, value in sglang_call().items() if name in given}
+    given |= {"only_qv": only_qv, "q": None if only_qv else given["q"]}
+    at = list(parameters).index("pack_gqa") + 1  # by position up to there
+    positional = [given.pop(name) for name in list(parameters)[:at]]
+    with patched(SGL, operator=operator, machine=hopper):
+        result = sgl.flash_attn_with_kvcache(*positional, **given)
+    assert (result == "out") == (len(operator.calls) == 1) == (not only_qv)
+    assert status().fallbacks == ({"only_qv: queries without a rope part": 1} if only_qv else {})
+
+
 @pytest.mark.parametrize("q_lens", [(1, 1, 1), (2, 0, 4), (4, 4, 4)])
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_sglang_against_fp64(q_lens: tuple[int, ...], page_size: int) -> None:

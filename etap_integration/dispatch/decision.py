@@ -91,6 +91,7 @@ NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "s_aux": (_is_none, "attention sinks"),
     "sinks": (_is_none, "attention sinks"),
     "learnable_sink": (_is_none, "attention sinks"),
+    "only_qv": (_is_zero, "only_qv: queries without a rope part"),
     "score_mod": (_is_none, "score_mod"),
     "mask_mod": (_is_none, "mask_mod"),
     "aux_tensors": (_is_none, "score_mod"),
