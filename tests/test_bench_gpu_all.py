@@ -154,7 +154,8 @@ def test_a_process_that_runs_out_of_its_time_is_interrupted(tmp_path):
     """And may still say something, as pytest does; what it has started ends with it."""
     log = tmp_path / "log"
     code = (
-        "import subprocess, sys, time\n"
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit: ignored
         "code = 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)'\n"
         "child = subprocess.Popen([sys.executable, '-c', code])\n"
         "print(child.pid)\n"
