@@ -46,7 +46,7 @@ NVCC_FLAGS = [
     "-O3", "-std=c++17", "-Xptxas", "-v", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-DNDEBUG",
     "-Xcompiler", "-fPIC", "-diag-suppress", "186,174,128",
 ]  # fmt: skip
-CXX_FLAGS = ["-O2", "-std=c++17", "-fPIC", "-DNDEBUG", "-D_GLIBCXX_USE_CXX11_ABI=1"]
+CXX_FLAGS = ["-O2", "-std=c++20", "-fPIC", "-DNDEBUG", "-D_GLIBCXX_USE_CXX11_ABI=1"]
 
 
 class Unbuildable(RuntimeError):
