@@ -102,8 +102,8 @@ def recorded(shortest: int) -> list[tuple[str, records.Row, costmodel.Gpu]]:
 
 
 def test_near_the_recorded_rows() -> None:
-    """15% for 16 heads and one query token, on which the constants were calibrated; 30% for other shapes, and for an
-    e4m3 cache in pages of one."""
+    """15% for 16 heads and one query token, on which the constants were calibrated; 30% for other shapes, and on an
+    H100 for an e4m3 cache in pages of one, which was calibrated on an H200 alone."""
     rows = recorded(16384)
     if not rows:
         pytest.skip("not run: no benchmark row is recorded")
@@ -111,8 +111,8 @@ def test_near_the_recorded_rows() -> None:
     for name, row, gpu in rows:
         problem = Problem(row.batch, row.kv_len, row.heads, row.q_len, row.page_size, row.kv_dtype)
         ours = predicted(problem, row.impl, gpu)
-        calibrated = (row.heads, row.q_len) == (16, 1) and (row.kv_dtype, row.page_size) != ("e4m3", 1)
-        allowed = 0.15 if calibrated else 0.3
+        foreign = gpu is GPUS["h100"] and (row.kv_dtype, row.page_size) == ("e4m3", 1)
+        allowed = 0.15 if (row.heads, row.q_len) == (16, 1) and not foreign else 0.3
         if abs(ours / row.median_us - 1) > allowed:
             off.append(f"{name}: {row.impl} {problem} {row.mode}: {ours:.1f} predicted, {row.median_us:.1f} measured")
     assert not off, "\n".join(off)
@@ -120,9 +120,12 @@ def test_near_the_recorded_rows() -> None:
 
 def test_etap_near_the_recorded_rows_of_all_lengths() -> None:
     """15% up to 32 rows of a 16-bit cache."""
-    rows = [(row, gpu) for _, row, gpu in recorded(512) if row.impl == "etap" and not row.emulated]
-    rows = [(row, gpu) for row, gpu in rows if row.heads * row.q_len <= 32 and row.kv_dtype == "bf16"]
-    rows = [(row, gpu) for row, gpu in rows if row.mode == "eager"]
+
+    def held(row: records.Row) -> bool:
+        plain = row.impl == "etap" and row.mode == "eager" and not row.emulated
+        return plain and row.kv_dtype == "bf16" and row.heads * row.q_len <= 32
+
+    rows = [(row, gpu) for _, row, gpu in recorded(512) if held(row)]
     if not rows:
         pytest.skip("not run: no benchmark row is recorded")
     off = []
