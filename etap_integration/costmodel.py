@@ -204,27 +204,20 @@ def transposed_tile(rows: int, p_parts: int = 1, row_tile: int = 32) -> Instruct
 
 
 def etap_tile(rows: int, p_parts: int | None = None, kv_dtype: str = "bf16") -> Instructions:
-    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, and 1 for an e4m3 cache and for
-    more than 32 rows.
+    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, but 1 for more than 32 rows; with an
+    e4m3 cache, whose tiles have 32 rows at most, 1 up to 8 rows.
 
-    `transposed_tile` where each of two warpgroups has tiles of its own: up to 8 rows, with P in one part up to 32, and
-    for an e4m3 cache. Else both work on every tile: each scores half the rows, so the scores take twice as many
-    instructions of half the N, and accumulates half the latent columns of all of them. P's parts stand side by side on
-    N up to 16 rows. Counted, not measured.
+    `transposed_tile`, whichever way the two warpgroups share the work: each instruction is issued by one of them. P's
+    parts stand side by side on N up to 32 rows, 16 with an e4m3 cache; with more they are accumulated in turn.
+    Counted, not measured.
     """
-    parts = p_parts or (1 if kv_dtype == "e4m3" or rows > 32 else 2)
-    if kv_dtype == "e4m3" or rows <= 8 or (rows <= 32 and parts == 1):
-        return transposed_tile(rows, parts)
-    passes = -(-rows // 64)
-    n = next(size for size in (16, 32, 64) if size * passes >= rows)
-    useful = rows * (D_QK + D_V) / (passes * n * (D_QK + parts * D_V))
-    scores, output = 2 * D_QK // 16, D_V // 64 * TILE // 16
-    side_by_side = n == 16
-    return Instructions(
-        (passes * scores, n // 2),
-        (passes * output, parts * n) if side_by_side else (passes * parts * output, n),
-        useful, passes,
-    )  # fmt: skip
+    e4m3 = kv_dtype == "e4m3"
+    parts = p_parts or (1 if (rows <= 8 if e4m3 else rows > 32) else 2)
+    tile = transposed_tile(rows, parts, 32 if e4m3 else 64)
+    n = tile.scores[1]
+    if parts == 2 and n > (16 if e4m3 else 32):
+        tile = replace(tile, output=(2 * tile.output[0], n))
+    return tile
 
 
 # How each scheduler deals the tiles: how many the most loaded SM gets, and the partial results of one request.

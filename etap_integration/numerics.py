@@ -147,7 +147,7 @@ def etap_model(
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
     rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
     groups = 1 if rows > 32 or (rows > 8 and p_parts == 2) else 2
-    packed = groups == 1 and num_parts > 1 and (out_dtype or q_nope.dtype) == q_nope.dtype == torch.bfloat16
+    packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, groups, raise_by, p_parts)  # noqa: E741
@@ -159,6 +159,11 @@ def etap_model(
 
     problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
     return _per_request(*problem, attend, out_dtype or q_nope.dtype)
+
+
+def _packs_partials(groups: int, num_parts: int, dtype: torch.dtype, out_dtype: torch.dtype | None) -> bool:
+    """Whether partial results go in 16 bits: where there are some, of tiles that both warpgroups work on."""
+    return groups == 1 and num_parts > 1 and (out_dtype or dtype) == dtype == torch.bfloat16
 
 
 def etap_e4m3_model(
@@ -173,7 +178,7 @@ def etap_e4m3_model(
     softmax_scale: float | None = None,
     causal: bool = False,
     out_dtype: torch.dtype | None = None,
-    p_parts: int = 1,
+    p_parts: int = 2,
     num_parts: int = 1,
     raise_by: float = RAISE_BY,
     ckv_scale: float = 1.0,
@@ -184,7 +189,8 @@ def etap_e4m3_model(
 
     Each row of Q is brought to fp16 times a power of two, so that its largest magnitude is in [2^13, 2^15), its rope
     part times kpe_scale / ckv_scale and in two fp16 parts. P^T is rounded to fp16, in `p_parts` parts. A score's factor
-    is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale.
+    is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale. Both warpgroups work on every
+    tile with more than 8 query rows and `p_parts` = 2.
 
     With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the
     rope part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the
@@ -217,15 +223,20 @@ def etap_e4m3_model(
         kpe_cache = torch.cat([kpe_cache.float(), ckv_scale_arr], -1)
         problem = (q_nope, q_rope, ckv_cache.float(), kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
         return _per_request(*problem, attend_groups, out_dtype or q_nope.dtype)
+    rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
+    groups = 1 if rows > 8 and p_parts == 2 else 2
+    packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
     ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         q16, down = _query_in_fp16(q.float(), ratio.to(q.device))
         factor = (torch.tensor(scale * LOG2E, device=q.device) * torch.tensor(ckv_scale, device=q.device)) * down
         m, l, ot = _stream_tiles(  # noqa: E741
-            q16, k, limits, factor.clamp(-3e38, 3e38), num_parts, 2, raise_by, p_parts, torch.float16
+            q16, k, limits, factor.clamp(-3e38, 3e38), num_parts, groups, raise_by, p_parts, torch.float16
         )
-        for group in (2, num_parts):  # the two warpgroups of a share, then the shares
+        if packed:
+            ot = _packed(ot)
+        for group in (groups, num_parts):  # the warpgroups of a share, then the shares
             m, l, ot = _merge(m, l, ot, group)  # noqa: E741
         o, lse = _finish(ot[0].T, l[0], m[0])
         return o * ckv_scale, lse

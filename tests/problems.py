@@ -298,6 +298,15 @@ def _queries(p: Problem, q: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x.unflatten(0, (len(p.lengths), p.sq)) for x in parts)
 
 
+def default_p_parts(problem: Problem, sms: int = 132) -> int:
+    """16-bit parts of P where `precise` does not say (csrc/etap/launch.h)."""
+    if problem.precise is not None:
+        return 2 if problem.precise else 1
+    if problem.e4m3:
+        return 1 if sms == 78 or problem.rows <= 8 or problem.groups is not None or problem.rope16 else 2
+    return 1 if sms == 78 or problem.rows > 32 else 2
+
+
 def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: Tensor | None = None) -> None:
     """Asserts that `out` and `lse` are as good as a kernel's should be that computes P in `p_parts` 16-bit parts.
 

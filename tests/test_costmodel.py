@@ -153,32 +153,24 @@ def test_wgmma_and_padding_counts_of_a_tile() -> None:
     assert costmodel.transposed_tile(16, p_parts=2).output == (32, 32)
 
 
-def test_the_tile_of_64_rows() -> None:
-    """Two products of 32 rows for the scores, N = 64 for the output, one pass; beyond, another pass for each 64."""
-    tile = costmodel.etap_tile(64)
-    assert (tile.scores, tile.output, tile.passes, tile.useful) == ((72, 32), (32, 64), 1, 1)
-    assert tile.cycles(H200.wgmma_cycles) == 2752
+def test_our_tile() -> None:
+    """P's parts stand side by side on N, or are accumulated in turn where a thread's registers hold no more."""
+    shapes = ((8, 2, 8, (32, 16)), (9, 2, 16, (32, 32)), (32, 2, 32, (32, 64)), (64, 1, 64, (32, 64)))
+    for rows, parts, n, output in shapes:
+        tile = costmodel.etap_tile(rows)
+        assert (tile.scores, tile.output, tile.passes) == ((36, n), output, 1)
+        assert tile.useful == rows / n * (576 + 512) / (576 + parts * 512)
+        assert costmodel.etap_tile(rows, 1).output == (32, n)
+    assert costmodel.etap_tile(64).cycles(H200.wgmma_cycles) == 2176
     assert costmodel.etap_tile(64, 2).output == (64, 64) and costmodel.etap_tile(65).passes == 2
-    for rows, kv_dtype, parts in ((8, "bf16", 2), (64, "e4m3", 1)):
-        assert costmodel.etap_tile(rows, kv_dtype=kv_dtype) == costmodel.transposed_tile(rows, parts)
-    for rows in (16, 32):
-        assert costmodel.etap_tile(rows, 1) == costmodel.transposed_tile(rows, 1)
-
-
-def test_tiles_that_both_warpgroups_work_on() -> None:
-    """The scores in two products of half the rows; up to 16 rows P's parts stand side by side on N."""
-    for rows in (9, 16):
-        tile = costmodel.etap_tile(rows)
-        assert (tile.scores, tile.output, tile.useful) == ((72, 8), (32, 32), rows / 16 * (576 + 512) / (576 + 1024))
-    for rows in (17, 32):
-        tile = costmodel.etap_tile(rows)
-        assert (tile.scores, tile.output, tile.useful) == ((72, 16), (64, 32), rows / 32 * (576 + 512) / (576 + 1024))
-    assert costmodel.etap_tile(64, kv_dtype="e4m3").passes == 2
+    outputs = {8: (32, 8), 16: (32, 32), 32: (64, 32), 64: (128, 32)}
+    for rows, output in outputs.items():
+        assert costmodel.etap_tile(rows, kv_dtype="e4m3").output == output
 
 
 def test_parts_of_p_are_the_operators() -> None:
-    """2, but 1 on an H20 and for an e4m3 cache (csrc/etap/launch.h)."""
-    for device, kv_dtype, parts in ((H200, "bf16", 2), (H200, "e4m3", 1), (H20, "bf16", 1), (H20, "e4m3", 1)):
+    """2 for 16 rows, but 1 on an H20 (csrc/etap/launch.h)."""
+    for device, kv_dtype, parts in ((H200, "bf16", 2), (H200, "e4m3", 2), (H20, "bf16", 1), (H20, "e4m3", 1)):
         by_parts = [costmodel.predict(Problem(16, 4096, kv_dtype=kv_dtype), device, costmodel.ETAP, n) for n in (1, 2)]
         assert by_parts[0].tensor_us < by_parts[1].tensor_us
         default = costmodel.predict(Problem(16, 4096, kv_dtype=kv_dtype), device, costmodel.ETAP)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from problems import Built, Problem, build, draw, draw_e4m3, draw_groups, judge
+from problems import Built, Problem, build, default_p_parts, draw, draw_e4m3, draw_groups, judge
 
 from etap_integration import mla_decode, ops
 from tools import etap_build
@@ -57,9 +57,8 @@ def run(built: Built) -> tuple[torch.Tensor, torch.Tensor]:
 def check(problem: Problem, calls: int = 2) -> None:
     """Right, and the same bits under every schedule."""
     built = build(problem, "cpu")
-    default = 1 if problem.e4m3 or problem.rows > 32 else 2
     out, lse = run(built)
-    judge(built, out, lse, default if problem.precise is None else 2 if problem.precise else 1)
+    judge(built, out, lse, default_p_parts(problem))
     for _ in range(calls - 1):
         again, lse_again = run(built)
         assert torch.equal(out, again) and torch.equal(lse, lse_again), f"another schedule, other bits: {problem}"

@@ -24,25 +24,26 @@ constexpr int latent_chunk(int i, int group) { return i ^ (group * (kLatentChunk
 constexpr int kMaxRing = 24;
 constexpr int kMaxCtas = 256;                       // of one launch: more SMs than any Hopper GPU has
 
-// A slot of the workspace: a partial O^T (16 bits or fp32 a value: room for fp32), then per row its reference maximum and
-// sum, in whole lines.
+// A slot of the workspace: a partial O^T (16 bits or fp32 a value: room for fp32), then per row its reference maximum
+// and sum, in whole lines.
 constexpr int partial_bytes(int row_tile, bool packed) { return row_tile * kLatentDim * (packed ? 2 : 4); }
 constexpr int stats_bytes(int row_tile) { return (row_tile * 8 + 127) / 128 * 128; }
 constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile, false) + stats_bytes(row_tile); }
 
-// Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3 cache
-// has one scale for its latent and one for its rope part; or kGroups: a scale for each key and kScaleGroup latent
+// Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3
+// cache has one scale for its latent and one for its rope part; or kGroups: a scale for each key and kScaleGroup latent
 // columns; or kGroupsRope16: that, and a rope part of the query's type, without a scale.
 enum class CacheFormat { kQueryType, kE4m3, kE4m3Groups, kE4m3GroupsRope16 };
 constexpr int kScaleGroup = 128;                    // latent columns that share a scale: those of an e4m3 ring chunk
 constexpr int kScaleGroups = kLatentDim / kScaleGroup;
 constexpr int kScaleTiles = 6;                      // tiles of scales in shared memory: more than the ring holds
 
-// RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in.
-// Wide: O^T is split over the two warpgroups by latent columns, S^T by rows, and both work on every tile: of 64 rows their
-// registers hold no more, and of 16 and 32 a piece ends sooner (3% of 1K keys, measured). Else each owns whole tiles of keys,
-// all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which are too few to split, for
-// P in one part (an H20, whose tensor cores are the limit) and for e4m3. More rows loop over row tiles.
+// RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in. Wide:
+// both warpgroups work on every tile, on every second latent chunk each, from which they make part of S^T and their
+// blocks of O^T: of 64 rows their registers hold no more, and of 16 and 32 a tile is done and a piece ends sooner (5%
+// of 512 keys, 1% of a long launch with 32 rows, measured). Else each owns whole tiles of keys, all of O^T for them,
+// and softmax of one is hidden behind the other's wgmma: for 8 rows, which are too few to split, for P in one part (an
+// H20, whose tensor cores are the limit) and with scales of groups. More rows loop over row tiles.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
@@ -52,9 +53,8 @@ struct TileConfig {
   static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
   static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
   static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
-  static constexpr bool kWide = RowTile == 64 || (RowTile > 8 && PParts == 2 && !kE4m3);
-  static_assert(!(kWide && kE4m3));
-  static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;      // rows of S^T that one warpgroup has: N
+  static constexpr bool kWide = RowTile == 64 || (RowTile > 8 && PParts == 2 && !kGroups);
+  static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;  // rows that one warpgroup has the statistics of
   static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
   // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and
   // fills half its slot.
@@ -62,39 +62,47 @@ struct TileConfig {
   static constexpr int kRingCols = 128 / kElementBytes;             // columns of a latent chunk
   static constexpr int kRingLatent = kLatentDim / kRingCols;        // latent chunks of a tile
   static constexpr int kRingTile = kRingLatent + 1;                 // chunks of a tile
+  static constexpr int kChunkBlocks = kRingCols / kChunkCols;       // blocks of O^T that a latent chunk is for
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
   static constexpr int latent_column(int i, int group) {            // that the i-th latent chunk begins with
     return (i * kRingCols) ^ (kWide ? 0 : group * (kLatentDim / 2));  // see latent_chunk
   }
-  // The block of O^T that a warpgroup finishes as its c-th of four. Wide: every second one, so that two warpgroups at
-  // work on their blocks free the ring's chunks in its order.
+  // The block of O^T that a warpgroup finishes as its c-th of four. Wide: those of every second chunk, so that two
+  // warpgroups at work free the ring's chunks in its order.
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
-  static constexpr int own_block(int group, int c) { return kWide ? 2 * c + group : kLatentChunks / 2 * group + c; }
+  static constexpr int own_block(int group, int c) {
+    return kWide ? (c / kChunkBlocks * 2 + group) * kChunkBlocks + c % kChunkBlocks : kLatentChunks / 2 * group + c;
+  }
   static constexpr int kRopeRowBytes = kRopeDim * (kRope16 ? 2 : kElementBytes);
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
   // e4m3: the bytes of the next group of fragments are loaded while one is widened, where registers are left for them.
-  static constexpr bool kManyOutputs = RowTile >= 32 || (kGroups && PParts == 2 && RowTile == 16);
+  static constexpr bool kManyOutputs = (RowTile >= 32 && !kWide) || (kGroups && PParts == 2 && RowTile == 16);
   static constexpr bool kLoadsAhead = !kManyOutputs;
   // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
   static constexpr int kConsumerRegisters = kE4m3 && !kManyOutputs ? 208 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
   // The plan's warp looks up the first pages before it writes the piece; with groups, they would be spilled.
   static constexpr bool kLooksUpEarly = !kGroups;
-  // Few rows: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
-  static constexpr bool kConcatP = PParts == 2 && RowTile <= 16;
+  // Few outputs: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
+  static constexpr bool kConcatP = PParts == 2 && RowTile <= (kWide && !kE4m3 ? 32 : 16);
+  static constexpr bool kOverwrites = kWide && RowTile < 64;  // the first tile overwrites O^T; else it is zeroed
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T
   static constexpr bool kParksStatistics = kGroups && RowTile == 32;  // in shared memory, while S^T is computed
   static constexpr int kQueryChunks = kTileChunks + (kE4m3 && !kGroups);  // kE4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
-  // kGroups: a version of P^T for each group of latent columns, P x scale; with many rows in one buffer, not two in turn.
+  // kGroups: a version of P^T for each group of latent columns, P x scale; with many rows in one buffer, not two in
+  // turn.
   static constexpr int kProbVersions = kGroups ? kScaleGroups : 1;
   static constexpr int kProbTurns = kGroups && kProbVersions * kProbBytes > 8192 ? 1 : 2;
   static constexpr int kProbBuffers = kWide ? 1 : kProbTurns * kConsumerGroups;
+  // Wide: quads of S^T, in fp32, that a thread gives the other warpgroup.
+  static constexpr int kGivenQuads = kWide ? RowTile / 16 : 0;
+  static constexpr int kGivenBytes = kConsumerGroups * kGivenQuads * 128 * 16;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
   static constexpr int kExchangeChunks = kWide ? 0 : RowTile / 4;
   // Arrivals that free a ring chunk: one per warp that reads it last. Wide: eight, since all eight warps read the rope
@@ -102,16 +110,18 @@ struct TileConfig {
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
   static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes;  // statistics, pieces, barriers
-  static constexpr int kFixedBytes = kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kControlBytes;
+  static constexpr int kFixedBytes =
+      kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kGivenBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
   static constexpr int kRingMost = kRingFit < kMaxRing ? kRingFit : kMaxRing;
-  // Whole pairs of tiles, if they are most of it: each warpgroup finds its tiles where its own were before, and need not
-  // look after the other's (1.3% of 64K keys, measured: 18 chunks for 23).
+  // Whole pairs of tiles, if they are most of it: each warpgroup finds its tiles where its own were before, and need
+  // not look after the other's (1.3% of 64K keys, measured: 18 chunks for 23). e4m3 chunks, which are free as soon as
+  // they are read: more in flight at once come later (measured: 13 for 15 gain 2% of 16K keys, for 20 4%).
   static constexpr int kPaired = kRingMost / (2 * kRingTile) * (2 * kRingTile);
-  static constexpr int kRing = 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
+  static constexpr int kRing = kWide && kE4m3 ? 13 : 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
   static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
-  static constexpr bool kTogether = kWide && kRing == 2 * kRingTile;  // see await_slots
+  static constexpr bool kTogether = kWide && kRing >= 2 * kRingTile;  // see await_slots
   // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).
   static constexpr int kRingShift = kRing % (2 * kRingTile);
   static constexpr int kForeignFirst = kRingShift > kRingTile ? kRingShift - kRingTile : 0;

@@ -1,7 +1,7 @@
 // The consumer warpgroups: S^T = K Q^T, P^T = exp2(S^T scale - m), O^T += V^T P^T, tile by tile.
 //
-// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both. Or (wide)
-// both work on every tile: see consumer_wide.cuh, which uses the stages of this file.
+// A warpgroup owns every second tile of a piece, with statistics and O^T of its own, so that no tile needs both. Or
+// (wide) both work on every tile: see consumer_wide.cuh, which uses the stages of this file.
 //
 // Fragment of a 64 x N result: thread t of a warpgroup holds M = 16 (t / 32) + (t % 32) / 4 (+ 8) and
 // N = 8 j + 2 (t % 4) (+ 1), as d[4 j + 2 (M half) + (N parity)]. N is a query row; M is a key (S^T) or a latent
@@ -31,7 +31,7 @@ struct ConsumerState {
   ETAP_DEVICE void reset() {
     fresh = true;
 #pragma unroll
-    for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
+    for (int c = 0; !Cfg::kOverwrites && c < Cfg::kOwnBlocks; ++c) {
 #pragma unroll
       for (int i = 0; i < Cfg::kPvRows / 2; ++i) out[c][i] = 0.0f;
     }
@@ -106,18 +106,13 @@ ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInf
   rows[thread] = target;
 }
 
-// S^T of one tile, of the rows that the warpgroup scores. Each chunk is used as soon as it lands; the ring keeps the
-// chunks.
+// S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
 template <class T, class Cfg>
 ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int group, bool gathered,
-                            float (&scores)[Cfg::kScoreRows / 2]) {
+                            float (&scores)[Cfg::kRowTile / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   uint32_t const ring = descriptor_low(shared_address(smem.ring));
-  uint32_t query = descriptor_low(shared_address(smem.query));
-  if constexpr (Cfg::kWide) {
-    query += group * (Cfg::kScoreRows * 128 / kDescriptorUnit);
-    group = 0;  // chunks come in one order
-  }
+  uint32_t const query = descriptor_low(shared_address(smem.query));
   uint32_t q = query + kLatentChunks * kQueryChunk;  // the rope chunk is last in Q, first in a tile
   ScaleOut scale = ScaleOut::Zero;
   ETAP_ROLLED
@@ -128,7 +123,7 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
     cute::warpgroup_arrive();
 #pragma unroll
     for (int j = 0; j < kChunkCols / 16; ++j) {
-      wgmma<T, Cfg::kScoreRows, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), scores, scale);
+      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), scores, scale);
       scale = ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
@@ -153,7 +148,9 @@ ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, C
 #pragma unroll
   for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
     int limit = mask.len;
-    if (p.causal) limit = min(limit, mask.causal_gap + p.heads_divmod.divide(mask.row0 + st.first_row() + st.row_of(i)) + 1);
+    if (p.causal) {
+      limit = min(limit, mask.causal_gap + p.heads_divmod.divide(mask.row0 + st.first_row() + st.row_of(i)) + 1);
+    }
     float& a = scores[4 * (i / 2) + (i & 1)];
     float& b = scores[4 * (i / 2) + 2 + (i & 1)];
     if (key >= limit) a = masked;
@@ -174,49 +171,52 @@ ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
   }
 }
 
-// P^T of this warp's keys to shared memory, in 16-bit parts; returns whether a score exceeds its reference by more
-// than the slack. tile_sum gets this thread's sums. `prob`: where the first row that the warpgroup scores has its place.
+// P^T of this warp's keys to shared memory, in 16-bit parts; returns whether a score exceeds its reference by more than
+// the slack. tile_sum gets this thread's sums. `prob`: where the first row that the warpgroup scores has its place.
 template <class T, class Cfg>
 ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg> const& st, uint32_t prob,
                                      float const (&scores)[Cfg::kScoreRows / 2],
                                      float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
-  constexpr int kBlocks = Cfg::kScoreRows / 8;
-  uint32_t packed[Cfg::kPParts * kBlocks][2];  // [part, block of 8 rows][key half]
+  constexpr int kBlocks = Cfg::kScoreRows / 8, kStep = kBlocks > 1 ? 2 : 1;  // of 8 rows
+  // A lane addresses row lane % 8 of the matrix lane / 8.
+  uint32_t const column = 2 * st.warp + ((st.lane >> 3) & 1), upper = st.lane >> 4, row8 = st.lane & 7;
   bool exceeds = false;
 #pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    float e[4];
+  for (int block = 0; block < kBlocks; block += kStep) {
+    uint32_t packed[Cfg::kPParts][kStep][2];  // [part][block][key half]
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float const x = fmaf(scores[4 * j + i], score_scale<Cfg>(p), -st.reference[2 * j + (i & 1)]);
-      exceeds |= x > kReferenceSlack;
-      e[i] = exp2_approx(x);
-    }
-    tile_sum[2 * j] = e[0] + e[2];
-    tile_sum[2 * j + 1] = e[1] + e[3];
+    for (int k = 0; k < kStep; ++k) {
+      int const j = block + k;
+      float e[4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      packed[j][half] = pack_pair(e[2 * half], e[2 * half + 1], T{});
-      if constexpr (Cfg::kPParts == 2) {
-        float2 const high = unpack_pair(packed[j][half], T{});
-        packed[kBlocks + j][half] = pack_pair(e[2 * half] - high.x, e[2 * half + 1] - high.y, T{});
+      for (int i = 0; i < 4; ++i) {
+        float const x = fmaf(scores[4 * j + i], score_scale<Cfg>(p), -st.reference[2 * j + (i & 1)]);
+        exceeds |= x > kReferenceSlack;
+        e[i] = exp2_approx(x);
+      }
+      tile_sum[2 * j] = e[0] + e[2];
+      tile_sum[2 * j + 1] = e[1] + e[3];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        packed[0][k][half] = pack_pair(e[2 * half], e[2 * half + 1], T{});
+        if constexpr (Cfg::kPParts == 2) {
+          float2 const high = unpack_pair(packed[0][k][half], T{});
+          packed[1][k][half] = pack_pair(e[2 * half] - high.x, e[2 * half + 1] - high.y, T{});
+        }
       }
     }
-  }
-  // Block b of `packed` is rows 8 b' .. 8 b' + 7 of its part; a lane addresses row lane % 8 of the matrix lane / 8.
-  uint32_t const half = (st.lane >> 3) & 1, upper = st.lane >> 4;
-  constexpr int kAll = Cfg::kPParts * kBlocks;
-  auto row0 = [&](int b) {  // of block b in [part][kRowTile]
-    return (b / kBlocks) * Cfg::kRowTile + (b % kBlocks) * 8;
-  };
-  if constexpr (kAll == 1) {
-    store_matrices(prob + swizzled(st.lane & 7, 2 * st.warp + half), packed[0][0], packed[0][1]);
-  } else {
+    if constexpr (kStep == 2) {
 #pragma unroll
-    for (int b = 0; b < kAll; b += 2) {
-      uint32_t const row = (upper ? row0(b + 1) : row0(b)) + (st.lane & 7);
-      store_matrices(prob + swizzled(row, 2 * st.warp + half), packed[b][0], packed[b][1], packed[b + 1][0],
-                     packed[b + 1][1]);
+      for (int part = 0; part < Cfg::kPParts; ++part) {
+        auto const& b = packed[part];
+        store_matrices(prob + swizzled(part * Cfg::kRowTile + (block + upper) * 8 + row8, column), b[0][0], b[0][1],
+                       b[1][0], b[1][1]);
+      }
+    } else if constexpr (Cfg::kPParts == 2) {
+      store_matrices(prob + swizzled(upper * Cfg::kRowTile + row8, column), packed[0][0][0], packed[0][0][1],
+                     packed[1][0][0], packed[1][0][1]);
+    } else {
+      store_matrices(prob + swizzled(row8, column), packed[0][0][0], packed[0][0][1]);
     }
   }
   cutlass::arch::fence_view_async_shared();
@@ -270,10 +270,11 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
 }
 
 // O^T += V^T P^T for the chunks this warpgroup owns (wide: every second one, see own_block), freeing each chunk behind
-// it. `at`: the tile's rope chunk. `meanwhile` is called with wgmmas under way.
+// it. `at`: the tile's rope chunk. `before`: Zero if there was no tile before. `meanwhile` is called with wgmmas under
+// way.
 template <class T, class Cfg, class Meanwhile>
 ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, RingPosition<Cfg> at, uint32_t prob,
-                                 Meanwhile const& meanwhile) {
+                                 ScaleOut before, Meanwhile const& meanwhile) {
   at.advance(Cfg::kWide ? 1 + st.group : 1);
   uint32_t const ring = descriptor_low(shared_address(smem.ring)), p_low = descriptor_low(prob);
   uint32_t previous = at.slot;
@@ -287,7 +288,7 @@ ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& s
       for (int j = 0; j < kTileKeys / 16; ++j) {
         wgmma<T, Cfg::kPvRows, Major::MN>(descriptor(v + j * (16 * 128 / kDescriptorUnit)),
                                           descriptor(p_low + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit),
-                                          st.out[c], ScaleOut::One);
+                                          st.out[c], part + j == 0 ? before : ScaleOut::One);
       }
     }
     cute::warpgroup_commit_batch();
@@ -329,7 +330,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   } while (raise);
 #pragma unroll
   for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
-  accumulate_tile<T>(smem, st, at, prob, [] {});
+  accumulate_tile<T>(smem, st, at, prob, ScaleOut::One, [] {});
 }
 
 }  // namespace etap

@@ -139,11 +139,11 @@ ETAP_DEVICE uint32_t chunk_address(SharedStorage<Cfg>& smem, RingPosition<Cfg> a
 template <class Cfg>
 ETAP_DEVICE void release_chunk(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int lane) {
   __syncwarp();
-  if (lane == 0) smem.control.empty[at.slot].arrive();
+  if (lane < Cfg::kOwnerArrivals) smem.control.empty[at.slot].arrive();
 }
 
-// S^T of one tile, left in flight. Group 0 is the rope chunk, which meets two parts of Q; groups 2 c + 1 and 2 c + 2 are
-// the halves of the c-th latent chunk loaded.
+// S^T of one tile, left in flight. Group 0 is the rope chunk, which meets two parts of Q; groups 2 c + 1 and 2 c + 2
+// are the halves of the c-th latent chunk loaded.
 template <class Cfg>
 ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, LaneOffsets const& offsets,
                                  RingPosition<Cfg> at, int group, int lane, float (&scores)[Cfg::kRowTile / 2]) {
@@ -182,8 +182,8 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
   }
 }
 
-// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; with kLoadsAhead its first block's bytes are
-// there. Of P^T's versions, where there are several, each chunk takes its own.
+// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; with kLoadsAhead its first block's bytes
+// are there. Of P^T's versions, where there are several, each chunk takes its own.
 template <class Cfg>
 ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                       LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {

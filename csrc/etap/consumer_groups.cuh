@@ -17,8 +17,8 @@
 
 namespace etap {
 
-// What the scales of a group of columns are divided by, as P x scale goes to fp16: 2^(power - 133), where the power is the
-// largest biased exponent of them so far, and at least kLeastPower, so that all factors are normal.
+// What the scales of a group of columns are divided by, as P x scale goes to fp16: 2^(power - 133), where the power is
+// the largest biased exponent of them so far, and at least kLeastPower, so that all factors are normal.
 constexpr uint32_t kLeastPower = 7;
 ETAP_DEVICE float dividing_factor(uint32_t power) { return __uint_as_float((260 - power) << 23); }
 ETAP_DEVICE float restoring_factor(uint32_t power) { return __uint_as_float((power - 6) << 23); }

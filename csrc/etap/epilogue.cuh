@@ -327,7 +327,8 @@ ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>&
   float result[kBlocks][Cfg::kRowTile / 2];
 #pragma unroll
   for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
-    float const sum = published_sum(smem, st.row_of(i)), scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+    float const sum = published_sum(smem, st.row_of(i));
+    float const scale = sum > 0.0f ? value_scale(smem, piece.table) / sum : 0.0f;
     int const first = 4 * (i / 2) + (i & 1);
 #pragma unroll
     for (int c = 0; c < kBlocks; ++c) {

@@ -1,13 +1,14 @@
 // The ETAP MLA decode kernel: persistent, one CTA per SM, one producer and two consumer warpgroups.
 //
-//   producer      lens -> plan | rope, latent 0..7 of tile 0 | tile 1 | tile 2 | ...
-//   consumer 0    prefetch     | QK(0) softmax PV(0)         | QK(2) softmax PV(2) | ... exchange, store
-//   consumer 1    prefetch     |         QK(1) softmax PV(1) | QK(3) ...           | ... exchange, store
+//   producer      lens -> plan | rope, latent 0..7 of tile 0          | tile 1 | tile 2 | ...
+//   consumer 0    prefetch     | QK(0, even chunks) softmax PV(0, even) | QK(1, even) ... | ... store
+//   consumer 1    prefetch     | QK(0, odd chunks)  softmax PV(0, odd)  | QK(1, odd)  ... | ... store
 //   all consumers              merge of the rows that several CTAs hold parts of
 //
-// Or (wide, the usual case) both consumers work on every tile, and nothing is exchanged at the end.
+// Or, where TileConfig is not wide, the consumers take tiles in turn, and exchange halves of O^T before they store.
 #pragma once
 
+#include "consumer_e4m3_wide.cuh"
 #include "consumer_groups.cuh"
 #include "merge.cuh"
 #include "producer.cuh"
@@ -38,8 +39,8 @@ ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
   }
 }
 
-// Likewise, of the cache, the first tile that this CTA will read if all requests are equally long: memory is at work before
-// the plan is made. If they are not, it is another CTA that reads it.
+// Likewise, of the cache, the first tile that this CTA will read if all requests are equally long: memory is at work
+// before the plan is made. If they are not, it is another CTA that reads it.
 template <class Cfg>
 ETAP_DEVICE void prefetch_tile(MlaDecodeParams const& p, int thread) {
   constexpr int kLines = kLatentDim * Cfg::kElementBytes / 128;
@@ -83,12 +84,19 @@ ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   cutlass::arch::fence_barrier_init();
 }
 
+// The thread's number among the consumers, read again; kept, it would be spilled in some kernels.
+ETAP_DEVICE int consumer_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread - 128;
+}
+
 // A piece's query and its tiles. Returns the number of the chunk behind its last, since launch.
 template <class T, class Cfg>
 ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                               PieceInfo const& piece, int thread, bool first) {
   if (Cfg::kGroups) thread = int(threadIdx.x) - 128;  // read again: kept, it would be spilled
-  int piece_thread = thread;
+  int piece_thread = Cfg::kRowTile == 64 ? consumer_thread() : thread;
   keep(piece_thread);  // else addresses that it gives are kept, spilled, from piece to piece
   RowTarget* const rows = smem.control.rows[piece.table];
   if constexpr (Cfg::kE4m3) {
@@ -110,6 +118,8 @@ ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   st.reset();
   if constexpr (Cfg::kGroups) {
     consume_tiles_groups<T>(p, smem, st, piece);
+  } else if constexpr (Cfg::kE4m3 && Cfg::kWide) {
+    consume_tiles_e4m3_wide(p, smem, st, mask, piece, [&] { finish_statistics_wide<T>(p, smem, piece, st); });
   } else if constexpr (Cfg::kE4m3) {
     consume_tiles_e4m3(p, smem, st, piece, mask);
   } else if constexpr (Cfg::kWide) {
@@ -146,10 +156,12 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
       finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
     }
     trace(kPieceDone, thread == 0);
-    if (!piece.whole() && thread == 0) smem.control.pending[piece.table] = piece;
+    int const own = Cfg::kRowTile == 64 ? consumer_thread() : thread;
+    if (!piece.whole() && own == 0) smem.control.pending[piece.table] = piece;
+    if (Cfg::kRowTile == 64) keep(index);  // else a copy of it is spilled
     release_piece(smem, index, lane);
   }
-  merge_pending<T>(p, smem, thread);
+  merge_pending<T>(p, smem, Cfg::kRowTile == 64 ? consumer_thread() : thread);
   trace(kEnded, thread == 0);
 }
 

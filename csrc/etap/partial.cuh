@@ -1,12 +1,12 @@
 // Partial results as they lie in a slot of the workspace: O^T, not yet divided by the sum, in units of 16 bytes.
 //
-// A quad is what a thread holds of a block of O^T (64 latent columns) and of 8 rows: rows 8 j + 2 (lane % 4) (+ 1), at two
-// columns (see fragment_column). In fp32 a unit is a quad. Packed, it is the quads of two blocks, in fp16, or in bf16 where
-// fp16's range does not do. Unit u belongs to thread u % 128 of a warpgroup, j = u / 128 % (rows / 8), and the blocks at
-// kQuads (u / 128 / (rows / 8)) (+ 1) in the order of block_at.
+// A quad is what a thread holds of a block of O^T (64 latent columns) and of 8 rows: rows 8 j + 2 (lane % 4) (+ 1), at
+// two columns (see fragment_column). In fp32 a unit is a quad. Packed, it is the quads of two blocks, in fp16, or in
+// bf16 where fp16's range does not do. Unit u belongs to thread u % 128 of a warpgroup, j = u / 128 % (rows / 8), and
+// the blocks at kQuads (u / 128 / (rows / 8)) (+ 1) in the order of block_at.
 //
-// Packed is for bf16 output: fp16's rounding error is an eighth of bf16's, and the bytes that go through L2 count at the
-// end of a launch.
+// Packed is for bf16 output: fp16's rounding error is an eighth of bf16's, and the bytes that go through L2 count at
+// the end of a launch.
 #pragma once
 
 #include <type_traits>
@@ -28,7 +28,8 @@ struct PartialUnits {
   static constexpr int kRowBlocks = Cfg::kRowTile / 8;
   static constexpr int kCount = Cfg::kRowTile * kLatentDim / (4 * kQuads);
 
-  // Where blocks from the i-th on begin, in the order of block_at; the first block of a unit; the first of its two rows.
+  // Where blocks from the i-th on begin, in the order of block_at; the first block of a unit; the first of its two
+  // rows.
   static ETAP_DEVICE int of_block(int i) { return i / kQuads * kRowBlocks * 128; }
   static ETAP_DEVICE int first_block(int unit) { return unit / (128 * kRowBlocks) * kQuads; }
   static ETAP_DEVICE int first_row(int unit) { return 8 * (unit / 128 % kRowBlocks) + 2 * (unit & 3); }
@@ -65,7 +66,8 @@ ETAP_DEVICE uint4 pack_unit(float const (&f)[8]) {
                     (last & ~1u) | kUnitMark<Half>);
 }
 
-// Of two pairs of fp16 the larger size each; of two pairs of sizes the smaller each. NaN counts as nothing: fp16 has NaN.
+// Of two pairs of fp16 the larger size each; of two pairs of sizes the smaller each. NaN counts as nothing: fp16 has
+// NaN.
 ETAP_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
   __half2 const top = __hmax2(__habs2(reinterpret_cast<__half2 const&>(a)), __habs2(reinterpret_cast<__half2 const&>(b)));
   return reinterpret_cast<uint32_t const&>(top);
@@ -74,8 +76,8 @@ ETAP_DEVICE uint32_t smaller(uint32_t a, uint32_t b) {
   __half2 const low = __hmin2(reinterpret_cast<__half2 const&>(a), reinterpret_cast<__half2 const&>(b));
   return reinterpret_cast<uint32_t const&>(low);
 }
-// Whether both of a pair of sizes are below infinity, and both of another at least 2^-13: 2^-25, half of fp16's last step
-// there, is then at most 2^-12 of it, as elsewhere.
+// Whether both of a pair of sizes are below infinity, and both of another at least 2^-13: 2^-25, half of fp16's last
+// step there, is then at most 2^-12 of it, as elsewhere.
 ETAP_DEVICE bool in_half_range(uint32_t highest, uint32_t lowest) {
   uint32_t const over = highest + 0x04000400u, enough = (lowest | 0x80008000u) - 0x08000800u;  // bit 15 of each half
   return ((over | ~enough) & 0x80008000u) == 0;

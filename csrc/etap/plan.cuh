@@ -93,8 +93,8 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
   __syncwarp();
 }
 
-// Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together. The
-// plan of more reads lengths again and again.
+// Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together.
+// The plan of more reads lengths again and again.
 constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 
 // Makes the plan and this CTA's first piece, if it has one. found(piece, keys of its request) is called by all lanes,

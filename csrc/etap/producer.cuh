@@ -54,9 +54,9 @@ struct BoxLane {
 
 constexpr int kShortPiece = 8;  // tiles
 
-// Where a ring of two tiles feeds a long piece, a tile's copies wait for all of its slots and go out together: memory then
-// has whole rows of the cache to read, not pieces of 128 bytes (0.2% of a long launch, 1% with 32 rows, measured; a short
-// one needs each copy as soon as there is room for it).
+// Where a ring of two tiles or more feeds a long piece, a tile's copies wait for all of its slots and go out together:
+// memory then has whole rows of the cache to read, not pieces of 128 bytes (0.2% of a long launch, 1% with 32 rows and
+// with e4m3, measured; a short one needs each copy as soon as there is room for it).
 template <class Cfg>
 ETAP_DEVICE void await_slots(SharedStorage<Cfg>& smem, RingPosition<Cfg> const& at) {
   static_assert(Cfg::kWide);
@@ -194,8 +194,8 @@ ETAP_DEVICE void produce_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& sm
   }
 }
 
-// In a gather, 64 of the threads take one key each. All 128 call this for the n-th tile since launch; `row` < 0: no key,
-// or none of this thread's.
+// In a gather, 64 of the threads take one key each. All 128 call this for the n-th tile since launch; `row` < 0: no
+// key, or none of this thread's.
 template <class Cfg>
 ETAP_DEVICE void gather_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, KeyPlace place, int key,
                                int n) {

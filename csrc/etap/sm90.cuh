@@ -31,8 +31,8 @@ enum Barrier : uint32_t {
   kBarrierInit = 3,       // 128 threads, for the warp that plans: barriers are initialised, the epoch is there
   kBarrierStart = 4,      // the other 352 threads: likewise
   kBarrierConsumers = 2,  // 256 threads: Q is in shared memory; O^T halves exchanged; steps of the merge. Wide: P^T
-  kBarrierProbRead0 = 5,  // wide. Warpgroup 0 arrives: it has read P^T. Warpgroup 1 waits, and writes the next
-  kBarrierProbRead1 = 6,  // the other way round
+  kBarrierGiven0 = 5,     // wide. Warpgroup 0 arrives: it has given scores, and read the P^T before. 1 takes them
+  kBarrierGiven1 = 6,     // the other way round
 };
 
 ETAP_DEVICE void sync_group(int group) { NamedBarrier::arrive_and_wait(128, kBarrierGroup0 + group); }

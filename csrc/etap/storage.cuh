@@ -68,7 +68,7 @@ struct ScaleStorage<Cfg, true> {
 };
 
 template <class Cfg>
-struct alignas(1024) SharedStorage {
+struct Operands {
   // A chunk: 64 keys x 128 bytes, swizzled. Per tile: the rope chunk, then the latent chunks.
   uint8_t ring[Cfg::kRing][kChunkBytes];
   // Q: chunks of [row][64 columns], swizzled; rope last.
@@ -77,11 +77,23 @@ struct alignas(1024) SharedStorage {
   // readers of the tile before. Wide: one, for all. With scales for groups of latent columns, a version for
   // each, in the order of the tile's chunks.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbVersions * Cfg::kProbBytes];
+};
+
+// Wide: and partial scores that a warpgroup gives the one that has their rows' statistics.
+template <class Cfg, bool = Cfg::kWide>
+struct OperandsAndScores : Operands<Cfg> {};
+template <class Cfg>
+struct OperandsAndScores<Cfg, true> : Operands<Cfg> {
+  float4 given[kConsumerGroups][Cfg::kGivenQuads][128];  // by giver and thread
+};
+
+template <class Cfg>
+struct alignas(1024) SharedStorage : OperandsAndScores<Cfg> {
   struct Control : ScaleStorage<Cfg> {
     float4 warp_stat[kConsumerGroups][Cfg::kScoreRows];  // of each warp of a warpgroup: tile maximum, or sum
     float reference[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units)
-    float row_scale[Cfg::kE4m3 || Cfg::kWide ? Cfg::kRowTile : 1];  // e4m3: a score's factor to log2 units; wide:
-                                                                    // O^T's, under a raised reference maximum
+    float row_scale[Cfg::kE4m3 ? Cfg::kRowTile : 1];   // e4m3: a score's factor to log2 units
+    alignas(8) float raised_by[Cfg::kWide ? Cfg::kRowTile : 1];   // wide: O^T's factor under a raised reference maximum
     float value_scale[Cfg::kE4m3 ? 4 : 1];             // e4m3: ckv_scale, by PieceInfo::table
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
@@ -104,7 +116,8 @@ ETAP_DEVICE int& first_tile(SharedStorage<Cfg>& smem, PieceInfo const& piece) {
 
 // Waits until this pass of the ring can have begun in `count` chunks from `at` on: until the pass before has been used.
 // A full barrier's parity tells a pass from the one before, not from the one before that: where the pass before was the
-// other warpgroup's and is late (copies complete in any order), waiting for this pass alone would end at once, on old keys.
+// other warpgroup's and is late (copies complete in any order), waiting for this pass alone would end at once, on old
+// keys.
 template <class Cfg>
 ETAP_DEVICE void await_previous_pass(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int count, int lane) {
   if (lane < count) {

@@ -1,12 +1,13 @@
-// When each CTA of a launch came to what, to see what a launch waits for: `python -m tools.bench trace`. Compiled in with
-// -DETAP_TRACE alone.
+// When each CTA of a launch came to what, to see what a launch waits for: `python -m tools.bench trace`. Compiled in
+// with -DETAP_TRACE alone.
 #pragma once
 
 #include "sm90.cuh"
 
 namespace etap {
 
-// In the order in which a CTA comes to them. Of several pieces: of the last, but kLookedUp and kQueryThere of the first.
+// In the order in which a CTA comes to them. Of several pieces: of the last, but kLookedUp and kQueryThere of the
+// first.
 enum Event {
   kStarted,       // the kernel's first statement, in the warp that plans
   kPlanned,       // plan and first piece are in shared memory

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Built, Problem, build, cumulative, judge
+from problems import Built, Problem, build, cumulative, default_p_parts, judge
 
 import etap_integration
 from etap_integration.flashinfer import activation, switch
@@ -95,8 +95,8 @@ def new_wrapper(**options: Any) -> Any:
 
 
 def parts(problem: Problem) -> int:
-    """16-bit parts of P, by default (csrc/etap/launch.h)."""
-    return 1 if problem.e4m3 or torch.cuda.get_device_properties(0).multi_processor_count == 78 else 2
+    """16-bit parts of P that the module has."""
+    return default_p_parts(problem, torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def taken() -> int:

@@ -13,7 +13,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from problems import CACHE_LAYOUTS, HEADS, PAGE_SIZES, QUERY_LAYOUTS, Built, Problem, build, draw, judge
+from problems import (
+    CACHE_LAYOUTS,
+    HEADS,
+    PAGE_SIZES,
+    QUERY_LAYOUTS,
+    Built,
+    Problem,
+    build,
+    default_p_parts,
+    draw,
+    judge,
+)
 
 from etap_integration import _library, mla_decode, ops
 
@@ -41,9 +52,7 @@ def full_precision_references() -> Iterator[None]:
 
 def p_parts(problem: Problem) -> int:
     """The parts of P the operator uses here."""
-    is_h20 = torch.cuda.get_device_properties(0).multi_processor_count == 78
-    default = 1 if is_h20 or (problem.rows > 32 and not problem.e4m3) else 2
-    return default if problem.precise is None else 2 if problem.precise else 1
+    return default_p_parts(problem, torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def poison_next_lse(built: Built) -> None:

@@ -274,8 +274,9 @@ PYBIND11_MODULE(_interpreter, m) {
   m.def("row_tile_for", [=](int64_t rows, bool e4m3) { return etap::row_tile_for(rows, format(e4m3)); });
   m.def("workspace_bytes", &etap::workspace_bytes);
   m.def("header_bytes", [] { return etap::kWorkspaceHeaderBytes; });
-  m.def("default_p_parts",
-        [=](bool e4m3, int row_tile, int sms) { return etap::default_p_parts(format(e4m3), row_tile, sms); });
+  m.def("default_p_parts", [](int cache, int row_tile, int sms) {
+    return etap::default_p_parts(static_cast<etap::CacheFormat>(cache), row_tile, sms);
+  });
   m.def("texts", [] {
     std::vector<std::string> texts;
     for (auto const& module : Runtime::instance().modules) texts.push_back(module->text);
