@@ -204,8 +204,8 @@ def transposed_tile(rows: int, p_parts: int = 1, row_tile: int = 32) -> Instruct
 
 
 def etap_tile(rows: int, p_parts: int | None = None, kv_dtype: str = "bf16") -> Instructions:
-    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, but 1 for more than 32 rows; with an
-    e4m3 cache, whose tiles have 32 rows at most, 1 up to 8 rows.
+    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, but 1 for more than 32 rows; with
+    an e4m3 cache, whose tiles have 32 rows at most, 1 up to 8 rows.
 
     `transposed_tile`, whichever way the two warpgroups share the work: each instruction is issued by one of them. P's
     parts stand side by side on N up to 32 rows, 16 with an e4m3 cache; with more they are accumulated in turn.
