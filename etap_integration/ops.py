@@ -316,7 +316,7 @@ def _check_arguments(
     ):
         raise RuntimeError("mla_decode has no backward: call it under torch.no_grad(), or detach its inputs")
     if precise is None:
-        return batch, max_q, lengths, 1 if e4m3 else 0
+        return batch, max_q, lengths, 0
     return batch, max_q, lengths, 2 if precise else 1
 
 

@@ -119,7 +119,7 @@ def test_tokens_of_other_forms(arguments: tuple, error: type[Exception], message
 def test_scales_reach_the_kernel(stand_in: list[tuple]) -> None:
     built = build(Problem(lengths=(70, 3), e4m3=True), "cpu")
     mla_decode(*built.args)
-    assert stand_in[-1][13:] == (1, None, None, 1.0, 1.0, None, None)
+    assert stand_in[-1][13:] == (0, None, None, 1.0, 1.0, None, None)
     mla_decode(*built.args, kpe_scale=2)
     assert stand_in[-1][14:] == (None, None, 1.0, 2.0, None, None)
     mla_decode(*built.args, ckv_scale=torch.tensor(0.5), kpe_scale=torch.empty(0))
