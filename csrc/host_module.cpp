@@ -65,7 +65,7 @@ pybind11::dict config() {
                               : "16-bit";
   d["row_tile"] = RowTile;
   d["p_parts"] = PParts;
-  d["wgmma_n"] = std::vector<int>{Cfg::kScoreRows, Cfg::kPvRows};  // of S^T and of O^T
+  d["wgmma_n"] = std::vector<int>{Cfg::kRowTile, Cfg::kPvRows};  // of S^T and of O^T
   d["smem_bytes"] = Cfg::kSharedBytes;
   d["ring_chunks"] = Cfg::kRing;
   d["threads"] = etap::kThreads;

@@ -109,8 +109,9 @@ ETAP_HD int ctas_of(int tiles, int virtual_requests, int grid) {
 ETAP_HD int most_uneven(int ideal) { return ideal * 5 / 8 + 4; }
 ETAP_HD int most_uneven_aligned(int ideal) { return min_int(most_uneven(ideal), ideal / 8 + 12); }
 
-// Whether a second piece in each CTA costs less than what SMs would draw that the aligned cut leaves without work: 0.8%
-// of 128 requests of 128K keys, 0.5% of 16. (Of 128 of 32K it loses up to 0.6%, of 16 of 64K 0.3%.) Measured.
+// Whether, memory being the limit, a second piece in each CTA costs less than what SMs would draw that the aligned cut
+// leaves without work: 0.8% of 128 requests of 128K keys, 0.5% of 16. (Of 128 of 32K it loses up to 0.6%, of 16 of 64K
+// 0.3%.) Measured.
 ETAP_HD bool long_shares(int ideal, int virtual_requests, int grid) {
   return ideal >= (4 * virtual_requests <= grid ? 200 : 600);
 }
@@ -127,7 +128,7 @@ ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, CtasFor&
   plan.whole = false;
   if (totals.tiles == 0) return plan;
   int const ideal = quotient_up(totals.tiles, grid);
-  bool const flat = long_shares(ideal, totals.virtual_requests, grid);
+  bool const flat = uneven && long_shares(ideal, totals.virtual_requests, grid);
   if (!flat && totals.virtual_requests <= grid) {
     int const eighth = max_int(1, ideal / 8), more = uneven ? most_uneven_aligned(ideal) : eighth;
     bool const equal = totals.longest * totals.virtual_requests == totals.tiles;

@@ -224,8 +224,8 @@ class Etap(Provider):
         target: what the kernel runs on.
         split: pass the caches as two contiguous tensors.
         num_ctas: CTAs to use; by default all SMs, and on an emulated H20 its 78.
-        p_parts: 16-bit parts that P is split into; by default 2, but 1 for an e4m3 cache, where P is fp16, and on an
-            H20 and for more than 32 rows, where tensor cores are or would be the limit.
+        p_parts: 16-bit parts that P is split into; by default what the operator has on the GPU at hand, and 1 on an
+            emulated H20.
     """
 
     name = "etap"
@@ -243,7 +243,7 @@ class Etap(Provider):
 
     def prepare(self, inputs: Inputs) -> Callable[[], Result | None]:
         p = inputs.problem
-        p_parts = self._p_parts or (1 if self._emulated or p.kv_dtype == "e4m3" or p.q_len * p.heads > 32 else 2)
+        p_parts = self._p_parts or (1 if self._emulated else AUTO)
         latent, rope = inputs.split_caches if self._split else inputs.fused_caches
         out = torch.empty(p.batch, p.q_len, p.heads, DIM_LATENT, dtype=inputs.q_nope.dtype, device=latent.device)
         lse = torch.empty(p.batch, p.heads, p.q_len, dtype=torch.float32, device=latent.device)
