@@ -297,7 +297,7 @@ FLASHINFER = Implementation(
 QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0.86, 0.90)
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
-    "etap", etap_tile, even_share, 6.5, 0.955, 0.90, partial_us=0.01, row_us=0.17, reread=0.35, small_page=1.03,
+    "etap", etap_tile, even_share, 5.6, 0.955, 0.90, partial_us=0.01, row_us=0.17, reread=0.35, small_page=1.03,
     e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}

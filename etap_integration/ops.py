@@ -147,20 +147,18 @@ def mla_decode_checked(
     cache_batch_idx: Tensor | None,
     ckv_scale: Tensor | float | None = None,
     kpe_scale: Tensor | float | None = None,
-    p_parts: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`mla_decode` for a caller that knows the arguments to be good, as a call of the same shapes was.
 
     Arguments as `mla_decode`'s, but: the caches may be (pages, page_size, 1, width) too, all lengths lie on the device,
-    `max_seqlen_q` is given for any queries, `lse_shape` is the LSE's where it is wanted, `num_ctas` 0 stands for all;
-    `p_parts` is 1 or 2, 0 where it is left to the GPU.
+    `max_seqlen_q` is given for any queries, `lse_shape` is the LSE's where it is wanted, `num_ctas` 0 stands for all.
     """
     if out is None:
         out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
     lse = None if lse_shape is None else torch.empty(lse_shape, dtype=torch.float32, device=q_nope.device)
     _OP(
         q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale,
-        causal, out, lse, num_ctas, p_parts, *_rare_arguments(ckv_scale, kpe_scale, cache_batch_idx),
+        causal, out, lse, num_ctas, 0, *_rare_arguments(ckv_scale, kpe_scale, cache_batch_idx),
     )  # fmt: skip
     return out if lse is None else (out, lse)
 

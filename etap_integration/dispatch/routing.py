@@ -157,7 +157,7 @@ class Engine:
         e4m3 = call.e4m3
 
         def run(q, qv, k, v, out, ckv_scale, kpe_scale, table, lengths, cu, index):
-            rare = (_per_request(ckv_scale), _per_request(kpe_scale), 1) if e4m3 else ()  # P is float16, in one part
+            rare = (_per_request(ckv_scale), _per_request(kpe_scale)) if e4m3 else ()
             result = operator(
                 qv, q, v, k, table, lengths, cu, max_q, scale, causal, out, lse_shape, num_ctas, index, *rare
             )

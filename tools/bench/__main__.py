@@ -73,7 +73,7 @@ def run(
     verify: Annotated[str, typer.Option(help="Compute errors: auto (KV length up to 4096), all, none.")] = "auto",
     split: Annotated[bool, typer.Option(help="Give our kernel two separate caches, not views of one buffer.")] = False,
     num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs, or 78 emulated.")] = 0,
-    p_parts: Annotated[int, typer.Option(help="16-bit parts our kernel splits P into; 0: the operator's default, 1 emulated.")] = 0,
+    p_parts: Annotated[int, typer.Option(help="16-bit parts our kernel splits P into; 0: as the GPU has it.")] = 0,
     span_ms: Annotated[float, typer.Option(help="Device time spent on each call of each cell, in ms.")] = 40.0,
     budget_s: Annotated[
         float | None, typer.Option(min=0.0, help="Begin no cell that may end later than this many seconds from now.")
