@@ -190,7 +190,7 @@ def etap_e4m3_model(
     Each row of Q is brought to fp16 times a power of two, so that its largest magnitude is in [2^13, 2^15), its rope
     part times kpe_scale / ckv_scale and in two fp16 parts. P^T is rounded to fp16, in `p_parts` parts. A score's factor
     is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale. Both warpgroups work on every
-    tile with more than 8 query rows and `p_parts` = 2.
+    tile with more than 16 query rows, and with more than 8 where `p_parts` is 2.
 
     With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the
     rope part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the
@@ -224,7 +224,7 @@ def etap_e4m3_model(
         problem = (q_nope, q_rope, ckv_cache.float(), kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
         return _per_request(*problem, attend_groups, out_dtype or q_nope.dtype)
     rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
-    groups = 1 if rows > 8 and p_parts == 2 else 2
+    groups = 1 if rows > 16 or (rows > 8 and p_parts == 2) else 2
     packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
     ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
 

@@ -38,12 +38,14 @@ constexpr int kScaleGroup = 128;                    // latent columns that share
 constexpr int kScaleGroups = kLatentDim / kScaleGroup;
 constexpr int kScaleTiles = 6;                      // tiles of scales in shared memory: more than the ring holds
 
-// RowTile: query rows (tokens x heads of the one KV head) on wgmma's N. PParts: 16-bit parts that P is split in. Wide:
-// both warpgroups work on every tile, on every second latent chunk each, from which they make part of S^T and their
-// blocks of O^T: of 64 rows their registers hold no more, and of 16 and 32 a tile is done and a piece ends sooner (5%
-// of 512 keys, 1% of a long launch with 32 rows, measured). Else each owns whole tiles of keys, all of O^T for them,
-// and softmax of one is hidden behind the other's wgmma: for 8 rows, which are too few to split, for P in one part (an
-// H20, whose tensor cores are the limit) and with scales of groups. More rows loop over row tiles.
+// RowTile: query rows (tokens x heads of the one KV head) on wgmma's N; more rows loop over row tiles. PParts: 16-bit
+// parts that P is split in.
+// Wide: both warpgroups work on every tile, on every second latent chunk each, from which they make part of S^T and
+// their blocks of O^T: of 64 rows their registers hold no more, and of 16 and 32 a tile is done and a piece ends sooner
+// (5% of 512 keys, 1% of a long launch with 32 rows, measured; with an e4m3 cache and 32 rows 5 to 20%). Else each owns
+// whole tiles of keys, all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which
+// are too few to split, with scales of groups, and for P in one part (an H20, whose tensor cores are the limit) but
+// with those 32 rows.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
@@ -53,7 +55,8 @@ struct TileConfig {
   static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
   static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
   static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
-  static constexpr bool kWide = RowTile == 64 || (RowTile > 8 && PParts == 2 && !kGroups);
+  static constexpr bool kWide =
+      RowTile == 64 || (RowTile > 8 && PParts == 2 && !kGroups) || (RowTile == 32 && kE4m3 && !kGroups);
   static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;  // rows that one warpgroup has the statistics of
   static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
   // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and

@@ -28,11 +28,12 @@ constexpr int row_tile_for(int64_t rows, CacheFormat cache) {
 // Keys per TMA box for a cache of these elements, or 0 if it must be gathered.
 int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
-// 2, but 1 where the tensor cores are or would be the limit, on an H20 (the Hopper GPU with 78 SMs) and for 64 rows,
-// and for an e4m3 cache, whose P is float16, unless both warpgroups work on every tile then (see TileConfig).
+// 2, but 1 where the tensor cores are or would be the limit, on an H20 (the Hopper GPU with 78 SMs) and for 64 rows;
+// and for an e4m3 cache, whose P is float16, but for 16 rows, where 2 let both warpgroups work on every tile (see
+// TileConfig) and cost nothing.
 constexpr int default_p_parts(CacheFormat cache, int row_tile, int sms) {
-  bool const wide = cache == CacheFormat::kQueryType || (cache == CacheFormat::kE4m3 && row_tile > 8);
-  return !wide || row_tile == 64 || sms == 78 ? 1 : 2;
+  if (sms == 78 || row_tile == 64) return 1;
+  return cache == CacheFormat::kQueryType || (cache == CacheFormat::kE4m3 && row_tile == 16) ? 2 : 1;
 }
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it
