@@ -353,7 +353,6 @@ def test_metadata_of_upstream_is_accepted(way: Way, fa3: ModuleType) -> None:
 FALLS_BACK = [
     Case((500, 70), heads=65),
     Case((500,) * 5, heads=16, sq=3, causal=True),
-    Case((500, 70), heads=32),
     Case((500, 70), more=(("cache_leftpad", (3, 0)),)),
 ]
 
