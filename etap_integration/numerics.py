@@ -145,8 +145,7 @@ def etap_model(
     if p_parts not in (1, 2):
         raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
-    rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
-    groups = 1 if rows > 32 or (rows > 8 and p_parts == 2) else 2
+    groups = _tile_owners(q_nope, cu_seqlens_q, p_parts, shared_above=32)
     packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,6 +158,13 @@ def etap_model(
 
     problem = (q_nope, q_rope, ckv_cache, kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
     return _per_request(*problem, attend, out_dtype or q_nope.dtype)
+
+
+def _tile_owners(q_nope: Tensor, cu_seqlens_q: Sequence[int] | Tensor | None, p_parts: int, shared_above: int) -> int:
+    """2 where each warpgroup has tiles of its own, 1 where both work on every tile: above so many rows always, and
+    above 8 with P in two parts."""
+    rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
+    return 1 if rows > shared_above or (rows > 8 and p_parts == 2) else 2
 
 
 def _packs_partials(groups: int, num_parts: int, dtype: torch.dtype, out_dtype: torch.dtype | None) -> bool:
@@ -223,8 +229,7 @@ def etap_e4m3_model(
         kpe_cache = torch.cat([kpe_cache.float(), ckv_scale_arr], -1)
         problem = (q_nope, q_rope, ckv_cache.float(), kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
         return _per_request(*problem, attend_groups, out_dtype or q_nope.dtype)
-    rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
-    groups = 1 if rows > 16 or (rows > 8 and p_parts == 2) else 2
+    groups = _tile_owners(q_nope, cu_seqlens_q, p_parts, shared_above=16)
     packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
     ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
 

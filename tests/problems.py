@@ -307,6 +307,11 @@ def default_p_parts(problem: Problem, sms: int = 132) -> int:
     return 1 if sms == 78 or problem.rows > 32 else 2
 
 
+def gpu_p_parts(problem: Problem) -> int:
+    """The same on the GPU at hand."""
+    return default_p_parts(problem, torch.cuda.get_device_properties(0).multi_processor_count)
+
+
 def judge(built: Built, out: Tensor, lse: Tensor | None, p_parts: int, rounded: Tensor | None = None) -> None:
     """Asserts that `out` and `lse` are as good as a kernel's should be that computes P in `p_parts` 16-bit parts.
 

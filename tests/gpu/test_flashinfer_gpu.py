@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Built, Problem, build, cumulative, default_p_parts, judge
+from problems import Built, Problem, build, cumulative, gpu_p_parts, judge
 
 import etap_integration
 from etap_integration.flashinfer import activation, switch
@@ -94,11 +94,6 @@ def new_wrapper(**options: Any) -> Any:
     )
 
 
-def parts(problem: Problem) -> int:
-    """16-bit parts of P that the module has."""
-    return default_p_parts(problem, torch.cuda.get_device_properties(0).multi_processor_count)
-
-
 def taken() -> int:
     return sum(module.taken for module in switch.status().values())
 
@@ -149,7 +144,7 @@ def test_patched_wrapper(problem: Problem) -> None:
     before = taken()
     out, lse = case.run(wrapper)
     assert taken() == before + 1
-    judge(case.built, out, lse, parts(problem))
+    judge(case.built, out, lse, gpu_p_parts(problem))
     again, other = case.run(wrapper, base_e=False)
     assert torch.equal(out, again)
     finite = lse.isfinite()
@@ -211,7 +206,7 @@ def test_cuda_graph_and_new_plans() -> None:
         load(case)
         out.fill_(math.nan), lse.fill_(math.nan)
         graph.replay()
-        judge(case.built, *case.shaped(out, lse), parts(case.problem))
+        judge(case.built, *case.shaped(out, lse), gpu_p_parts(case.problem))
     assert taken() == before + 1
 
 
@@ -250,7 +245,7 @@ def test_routed_unpatched_wrapper(problem: Problem) -> None:
         out, lse = case.run(wrapper)
         other = case.run(wrapper, base_e=False)
         assert etap_integration.status().etap_calls == 2
-    judge(case.built, out, lse, parts(problem))
+    judge(case.built, out, lse, gpu_p_parts(problem))
     assert torch.equal(out, other[0])
     assert taken() == before
 

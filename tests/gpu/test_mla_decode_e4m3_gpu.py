@@ -19,9 +19,9 @@ from problems import (
     Built,
     Problem,
     build,
-    default_p_parts,
     draw_e4m3,
     draw_groups,
+    gpu_p_parts,
     judge,
 )
 
@@ -49,11 +49,6 @@ def full_precision_references() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def p_parts(problem: Problem) -> int:
-    """The parts of P the operator uses here."""
-    return default_p_parts(problem, torch.cuda.get_device_properties(0).multi_processor_count)
-
-
 def e4m3(**fields) -> Problem:
     return Problem(e4m3=True, **fields)
 
@@ -69,7 +64,7 @@ def check(problem: Problem) -> None:
     """Right, and the same bits twice."""
     built = build(problem, "cuda")
     out, lse = run(built)
-    judge(built, out, lse, p_parts(problem))
+    judge(built, out, lse, gpu_p_parts(problem))
     again, lse_again = run(built)
     assert torch.equal(out, again), f"output differs between two calls: {problem}"
     assert torch.equal(lse, lse_again), f"LSE differs between two calls: {problem}"
@@ -138,7 +133,7 @@ def test_graph_replay_with_new_lengths_and_scales_of_groups(page_size: int, form
         lse.fill_(math.nan)
         graph.replay()
         problem = full.problem.with_(lengths=case)
-        judge(Built(problem, full.args, full.options, full.logit_bound), out, lse, p_parts(problem))
+        judge(Built(problem, full.args, full.options, full.logit_bound), out, lse, gpu_p_parts(problem))
 
 
 def test_one_scale_is_as_many_equal_ones() -> None:
@@ -196,7 +191,7 @@ def test_the_largest_queries(heads: int) -> None:
     built = build(problem, "cuda")
     assert built.args[0].abs().max() > 1e38
     out, lse = run(built)
-    judge(built, out, lse, p_parts(problem), rounded=built.reference()[0].to(torch.bfloat16))
+    judge(built, out, lse, gpu_p_parts(problem), rounded=built.reference()[0].to(torch.bfloat16))
 
 
 def test_the_smallest_queries() -> None:
@@ -322,7 +317,7 @@ def test_graph_replay_with_new_lengths_and_scales(page_size: int) -> None:
         lse.fill_(math.nan)
         graph.replay()
         problem = full.problem.with_(lengths=case, scales=(value, value))
-        judge(Built(problem, (*tensors, static), {}, full.logit_bound), out, lse, p_parts(problem))
+        judge(Built(problem, (*tensors, static), {}, full.logit_bound), out, lse, gpu_p_parts(problem))
 
 
 def test_mixed_with_bf16_on_one_workspace() -> None:
@@ -357,7 +352,7 @@ def test_cache_past_2_31_bytes(page_size: int) -> None:
     local = torch.arange(2 * pages, device="cuda").int().view(2, pages)
     args = (q[..., :512], q[..., 512:], keys[..., :512], keys[..., 512:], local, lengths)
     problem = e4m3(lengths=(length, length), page_size=page_size)
-    judge(Built(problem, args, {}, logit_bound=40.0), out, lse, p_parts(problem))
+    judge(Built(problem, args, {}, logit_bound=40.0), out, lse, gpu_p_parts(problem))
 
 
 def test_registration() -> None:

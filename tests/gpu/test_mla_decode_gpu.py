@@ -21,8 +21,8 @@ from problems import (
     Built,
     Problem,
     build,
-    default_p_parts,
     draw,
+    gpu_p_parts,
     judge,
 )
 
@@ -50,11 +50,6 @@ def full_precision_references() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def p_parts(problem: Problem) -> int:
-    """The parts of P the operator uses here."""
-    return default_p_parts(problem, torch.cuda.get_device_properties(0).multi_processor_count)
-
-
 def poison_next_lse(built: Built) -> None:
     """Leaves NaN in the memory that the LSE will most likely be given."""
     q = built.args[0]
@@ -74,7 +69,7 @@ def check(problem: Problem) -> None:
     """Right, and the same bits twice."""
     built = build(problem, "cuda")
     out, lse = run(built)
-    judge(built, out, lse, p_parts(problem))
+    judge(built, out, lse, gpu_p_parts(problem))
     again, lse_again = run(built)
     assert torch.equal(out, again), f"output differs between two calls: {problem}"
     assert torch.equal(lse, lse_again), f"LSE differs between two calls: {problem}"
@@ -245,7 +240,7 @@ def test_graph_replay_with_new_lengths_and_pages(page_size: int, heads: int) -> 
         lse.fill_(math.nan)
         graph.replay()
         replayed = Built(full.problem.with_(lengths=case), (*args[:5], static), {}, full.logit_bound)
-        judge(replayed, out, lse, p_parts(full.problem))
+        judge(replayed, out, lse, gpu_p_parts(full.problem))
 
 
 def test_two_streams_at_once() -> None:
@@ -297,7 +292,7 @@ def test_cache_past_2_31_elements(page_size: int) -> None:
     lengths = torch.tensor(problem.lengths, dtype=torch.int32, device="cuda")
     args = (q[..., :512], q[..., 512:], buffer[..., :512], buffer[..., 512:], table, lengths)
     built = Built(problem, args, {}, logit_bound=40.0)
-    judge(built, *run(built), p_parts(problem))
+    judge(built, *run(built), gpu_p_parts(problem))
 
 
 def test_current_device_is_not_the_tensors() -> None:
@@ -306,7 +301,7 @@ def test_current_device_is_not_the_tensors() -> None:
     built = build(Problem(lengths=(700, 64)), "cuda:1")
     with torch.cuda.device(0):
         out, lse = run(built)
-    judge(built, out, lse, p_parts(built.problem))
+    judge(built, out, lse, gpu_p_parts(built.problem))
 
 
 def test_compiles_without_a_graph_break() -> None:
