@@ -72,10 +72,9 @@ pybind11::dict config() {
   return d;
 }
 
-template <CacheFormat Format>
-std::vector<pybind11::dict> configs() {
-  return {config<8, 1, Format>(),  config<8, 2, Format>(),  config<16, 1, Format>(),
-          config<16, 2, Format>(), config<32, 1, Format>(), config<32, 2, Format>()};
+template <CacheFormat Format, int... RowTiles>
+void add_configs(std::vector<pybind11::dict>& list) {
+  (list.insert(list.end(), {config<RowTiles, 1, Format>(), config<RowTiles, 2, Format>()}), ...);
 }
 
 }  // namespace
@@ -88,13 +87,11 @@ PYBIND11_MODULE(_host, m) {
         "tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). Raises ValueError for "
         "inconsistent arguments.");
   m.def("kernel_configs", [] {
-    auto list = configs<CacheFormat::kQueryType>();
-    list.push_back(config<64, 1, CacheFormat::kQueryType>());
-    list.push_back(config<64, 2, CacheFormat::kQueryType>());
-    for (auto const& more : {configs<CacheFormat::kE4m3>(), configs<CacheFormat::kE4m3Groups>(),
-                             configs<CacheFormat::kE4m3GroupsRope16>()}) {
-      list.insert(list.end(), more.begin(), more.end());
-    }
+    std::vector<pybind11::dict> list;
+    add_configs<CacheFormat::kQueryType, 8, 16, 32, 64>(list);
+    add_configs<CacheFormat::kE4m3, 8, 16, 32>(list);
+    add_configs<CacheFormat::kE4m3Groups, 16, 32>(list);
+    add_configs<CacheFormat::kE4m3GroupsRope16, 16, 32>(list);
     return list;
   }, "One dict per tile configuration; sizes in bytes, ring_chunks of 8 KiB.");
   m.def("build_info", [] {

@@ -200,7 +200,8 @@ def etap_e4m3_model(
 
     With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the
     rope part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the
-    scale; and P^T is rounded to fp16 once for each group, as P x scale over a power of two: see `_stream_scaled_tiles`.
+    scale; P^T is rounded to fp16 once for each group, as P x scale over a power of two (see `_stream_scaled_tiles`);
+    and both warpgroups work on every tile.
     """
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
     rope_e4m3 = kpe_cache.dtype == torch.float8_e4m3fn
@@ -218,8 +219,9 @@ def etap_e4m3_model(
         m, l, ot = _stream_scaled_tiles(  # noqa: E741
             q16, k, scales, limits, factors, rope_factors, num_parts, raise_by, p_parts
         )
-        for group in (2, num_parts):
-            m, l, ot = _merge(m, l, ot, group)  # noqa: E741
+        if _packs_partials(1, num_parts, q_nope.dtype, out_dtype):
+            ot = _packed(ot)
+        m, l, ot = _merge(m, l, ot, num_parts)  # noqa: E741
         o, lse = _finish(ot[0].T, l[0], m[0])
         return o * ckv_scale, lse
 
@@ -367,7 +369,7 @@ def _stream_scaled_tiles(
     a group is fp16(P x scale x 2^(133 - power)), where the power is the largest biased exponent of the chain's scales
     in the group so far, at least 7; O^T is rescaled as it grows, and multiplied by 2^(power - 133) at the end.
     """
-    order = _share_tiles(-(-k.shape[0] // TILE), num_parts, 2, k.device)
+    order = _share_tiles(-(-k.shape[0] // TILE), num_parts, 1, k.device)
     tiles, tile_scales = _tiles(k), _tiles(scales)
     groups, chains = range(D_LATENT // SCALE_GROUP), order.shape[0]
     columns = [slice(g * SCALE_GROUP, (g + 1) * SCALE_GROUP) for g in groups]

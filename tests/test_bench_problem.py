@@ -36,7 +36,8 @@ def test_caches_hold_the_same_values_in_both_layouts(page_size):
     p = Problem(3, 100, page_size=page_size)
     inputs = _inputs(p)
     pages = 3 * p.pages_per_request
-    latent, rope = inputs.fused_caches
+    latent, rope, scales = inputs.fused_caches
+    assert scales is None
     assert latent.shape == (pages, page_size, DIM_LATENT)
     assert rope.shape == (pages, page_size, DIM_ROPE)
     assert latent.stride(1) == rope.stride(1) == DIM_QK
@@ -76,10 +77,27 @@ def test_reference_of_an_e4m3_cache_uses_its_widened_values():
     narrow = _inputs(p)
     assert narrow.q_nope.dtype == torch.bfloat16
     wide_pool = KvPool(narrow.pool.tokens, "bf16", "cpu")
-    wide_pool.fused.copy_(narrow.pool.fused.to(torch.bfloat16))
+    wide_pool.rows.view(torch.bfloat16).copy_(narrow.pool.rows.view(torch.float8_e4m3fn))
     wide = Inputs(Problem(2, 70), wide_pool)
     for a, b in zip(narrow.reference(), wide.reference(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_tokens_of_656_bytes_hold_scales_between_latent_and_rope():
+    p = Problem(2, 70, kv_dtype="fp8_ds_mla")
+    inputs = _inputs(p)
+    latent, rope, scales = inputs.fused_caches
+    assert [x.stride(1) * x.element_size() for x in (latent, rope, scales)] == [656] * 3
+    assert [x.data_ptr() - latent.data_ptr() for x in (scales, rope)] == [512, 528]
+    assert p.kv_bytes == 2 * 70 * 656
+    slots = inputs.page_table[1, 0].long() * 64 + torch.arange(64)
+    kv = inputs.pool.widened(slots)
+    page = inputs.page_table[1, 0]
+    torch.testing.assert_close(kv[:, 130], latent[page, :, 130].double() * scales[page, :, 1].double())
+    torch.testing.assert_close(kv[:, DIM_LATENT:], rope[page].double())
+    assert scales.unique().numel() > 500, "each group has a scale of its own"
+    for result in inputs.reference():
+        assert result.isfinite().all()
 
 
 def test_the_same_seed_draws_the_same_inputs():

@@ -149,7 +149,7 @@ def test_our_kernel_is_called_as_its_schema_says(monkeypatch):
     calls = []
 
     class Decode:
-        default = staticmethod(lambda *arguments: calls.append(dict(zip(names, arguments, strict=True))))
+        default = staticmethod(lambda *args, **more: calls.append(dict(zip(names, args, strict=True)) | more))
 
     monkeypatch.setattr(providers.torch.ops.etap, "mla_decode", Decode, raising=False)
     monkeypatch.setattr(providers.torch.ops, "load_library", lambda path: None)
@@ -162,4 +162,4 @@ def test_our_kernel_is_called_as_its_schema_says(monkeypatch):
     assert (out.shape, lse.shape) == ((2, 2, 8, 512), (2, 8, 2))
     assert (call["num_ctas"], call["p_parts"], call["max_seqlen_q"], call["causal"]) == (78, 1, 2, True)
     assert call["ckv_cache"].stride(1) == call["kpe_cache"].stride(1) == 576
-    assert call["cu_seqlens_q"] is None
+    assert call["cu_seqlens_q"] is call["ckv_scale_arr"] is None

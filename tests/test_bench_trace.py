@@ -64,6 +64,7 @@ def test_no_trace_is_an_error():
         (Problem(1, 64, heads=8, kv_dtype="fp16"), "fp16_8"),
         (Problem(1, 64, heads=128), "bf16_64"),
         (Problem(1, 64, heads=64, kv_dtype="e4m3"), "bf16_e4m3_32"),
+        (Problem(1, 64, heads=8, kv_dtype="fp8_ds_mla"), "bf16_e4m3_groups_rope16_16"),
     ],
 )
 def test_symbol_is_the_kernels(problem, name):

@@ -44,8 +44,8 @@ constexpr int kScaleTiles = 6;                      // tiles of scales in shared
 // their blocks of O^T: of 64 rows their registers hold no more, and of 16 and 32 a tile is done and a piece ends sooner
 // (5% of 512 keys, 1% of a long launch with 32 rows, measured; with an e4m3 cache and 32 rows 5 to 20%). Else each owns
 // whole tiles of keys, all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which
-// are too few to split, with scales of groups, and for P in one part (an H20, whose tensor cores are the limit) but
-// with those 32 rows.
+// are too few to split, and for P in one part (an H20, whose tensor cores are the limit) but with those 32 rows. With
+// scales of groups, always wide, 16 rows or more.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
@@ -55,8 +55,8 @@ struct TileConfig {
   static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
   static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
   static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
-  static constexpr bool kWide =
-      RowTile == 64 || (RowTile > 8 && PParts == 2 && !kGroups) || (RowTile == 32 && kE4m3 && !kGroups);
+  static constexpr bool kWide = RowTile == 64 || kGroups || (RowTile > 8 && PParts == 2) || (RowTile == 32 && kE4m3);
+  static_assert(!kGroups || RowTile > 8);
   static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;  // rows that one warpgroup has the statistics of
   static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
   // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and
@@ -82,27 +82,19 @@ struct TileConfig {
   }
   static constexpr int kRopeRowBytes = kRopeDim * (kRope16 ? 2 : kElementBytes);
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
-  // e4m3: the bytes of the next group of fragments are loaded while one is widened, where registers are left for them.
-  static constexpr bool kManyOutputs = (RowTile >= 32 && !kWide) || (kGroups && PParts == 2 && RowTile == 16);
-  static constexpr bool kLoadsAhead = !kManyOutputs;
   // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
-  static constexpr int kConsumerRegisters = kE4m3 && !kManyOutputs ? 208 : 216;
+  static constexpr int kConsumerRegisters = kE4m3 ? 208 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
-  // The plan's warp looks up the first pages before it writes the piece; with groups, they would be spilled.
-  static constexpr bool kLooksUpEarly = !kGroups;
   // Few outputs: both parts of P stand side by side on N (V is read once). Else they are accumulated in turn.
   static constexpr bool kConcatP = PParts == 2 && RowTile <= (kWide && !kE4m3 ? 32 : 16);
   static constexpr bool kOverwrites = kWide && RowTile < 64;  // the first tile overwrites O^T; else it is zeroed
   static constexpr int kPvRows = kConcatP ? 2 * RowTile : RowTile;     // N of O^T += V^T P^T
-  static constexpr bool kParksStatistics = kGroups && RowTile == 32;  // in shared memory, while S^T is computed
   static constexpr int kQueryChunks = kTileChunks + (kE4m3 && !kGroups);  // kE4m3: the rope part of Q in two fp16 parts
   static constexpr int kQueryBytes = kQueryChunks * RowTile * kChunkCols * 2;
+  static constexpr int kProbBlocks = kScoreRows > 8 ? 2 : 1;  // blocks of 8 rows that are written together
   static constexpr int kProbBytes = PParts * RowTile * kTileKeys * 2;  // P^T of one tile
-  // kGroups: a version of P^T for each group of latent columns, P x scale; with many rows in one buffer, not two in
-  // turn.
-  static constexpr int kProbVersions = kGroups ? kScaleGroups : 1;
-  static constexpr int kProbTurns = kGroups && kProbVersions * kProbBytes > 8192 ? 1 : 2;
-  static constexpr int kProbBuffers = kWide ? 1 : kProbTurns * kConsumerGroups;
+  static constexpr int kProbVersions = kGroups ? kScaleGroups : 1;  // of P^T: for each group of columns, P x scale
+  static constexpr int kProbBuffers = kWide ? 1 : 2 * kConsumerGroups;
   // Wide: quads of S^T, in fp32, that a thread gives the other warpgroup.
   static constexpr int kGivenQuads = kWide ? RowTile / 16 : 0;
   static constexpr int kGivenBytes = kConsumerGroups * kGivenQuads * 128 * 16;

@@ -43,6 +43,12 @@ struct ConsumerState {
   }
 };
 
+// Of something that each row has, what the rows of statistics 2 j and 2 j + 1 have.
+template <class Cfg>
+ETAP_DEVICE float2 row_pair(float const (&of_rows)[Cfg::kRowTile], ConsumerState<Cfg> const& st, int j) {
+  return *reinterpret_cast<float2 const*>(of_rows + st.row_of(2 * j));
+}
+
 // What the mask of a piece needs.
 struct MaskBounds {
   int len;         // keys of the request
@@ -171,18 +177,48 @@ ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
   }
 }
 
+// Fragments of P^T, of rows from 8 `block` on, to their place.
+template <class Cfg, int Blocks>
+ETAP_DEVICE void store_probabilities(ConsumerState<Cfg> const& st, uint32_t prob, int block,
+                                     uint32_t const (&packed)[Cfg::kPParts][Blocks][2]) {  // [part][block][key half]
+  // A lane addresses row lane % 8 of the matrix lane / 8.
+  uint32_t const column = 2 * st.warp + ((st.lane >> 3) & 1), upper = st.lane >> 4, row8 = st.lane & 7;
+  if constexpr (Blocks == 2) {
+#pragma unroll
+    for (int part = 0; part < Cfg::kPParts; ++part) {
+      auto const& b = packed[part];
+      store_matrices(prob + swizzled(part * Cfg::kRowTile + (block + upper) * 8 + row8, column), b[0][0], b[0][1],
+                     b[1][0], b[1][1]);
+    }
+  } else if constexpr (Cfg::kPParts == 2) {
+    store_matrices(prob + swizzled(upper * Cfg::kRowTile + row8, column), packed[0][0][0], packed[0][0][1],
+                   packed[1][0][0], packed[1][0][1]);
+  } else {
+    store_matrices(prob + swizzled(row8, column), packed[0][0][0], packed[0][0][1]);
+  }
+}
+
+// Two probabilities in 16-bit parts.
+template <class T, class Cfg, int Blocks>
+ETAP_DEVICE void split_pair(float first, float second, uint32_t (&packed)[Cfg::kPParts][Blocks][2], int block,
+                            int half) {
+  packed[0][block][half] = pack_pair(first, second, T{});
+  if constexpr (Cfg::kPParts == 2) {
+    float2 const high = unpack_pair(packed[0][block][half], T{});
+    packed[1][block][half] = pack_pair(first - high.x, second - high.y, T{});
+  }
+}
+
 // P^T of this warp's keys to shared memory, in 16-bit parts; returns whether a score exceeds its reference by more than
 // the slack. tile_sum gets this thread's sums. `prob`: where the first row that the warpgroup scores has its place.
 template <class T, class Cfg>
 ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg> const& st, uint32_t prob,
                                      float const (&scores)[Cfg::kScoreRows / 2],
                                      float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
-  constexpr int kBlocks = Cfg::kScoreRows / 8, kStep = kBlocks > 1 ? 2 : 1;  // of 8 rows
-  // A lane addresses row lane % 8 of the matrix lane / 8.
-  uint32_t const column = 2 * st.warp + ((st.lane >> 3) & 1), upper = st.lane >> 4, row8 = st.lane & 7;
+  constexpr int kStep = Cfg::kProbBlocks;
   bool exceeds = false;
 #pragma unroll
-  for (int block = 0; block < kBlocks; block += kStep) {
+  for (int block = 0; block < Cfg::kScoreRows / 8; block += kStep) {
     uint32_t packed[Cfg::kPParts][kStep][2];  // [part][block][key half]
 #pragma unroll
     for (int k = 0; k < kStep; ++k) {
@@ -197,27 +233,9 @@ ETAP_DEVICE bool write_probabilities(MlaDecodeParams const& p, ConsumerState<Cfg
       tile_sum[2 * j] = e[0] + e[2];
       tile_sum[2 * j + 1] = e[1] + e[3];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        packed[0][k][half] = pack_pair(e[2 * half], e[2 * half + 1], T{});
-        if constexpr (Cfg::kPParts == 2) {
-          float2 const high = unpack_pair(packed[0][k][half], T{});
-          packed[1][k][half] = pack_pair(e[2 * half] - high.x, e[2 * half + 1] - high.y, T{});
-        }
-      }
+      for (int half = 0; half < 2; ++half) split_pair<T, Cfg>(e[2 * half], e[2 * half + 1], packed, k, half);
     }
-    if constexpr (kStep == 2) {
-#pragma unroll
-      for (int part = 0; part < Cfg::kPParts; ++part) {
-        auto const& b = packed[part];
-        store_matrices(prob + swizzled(part * Cfg::kRowTile + (block + upper) * 8 + row8, column), b[0][0], b[0][1],
-                       b[1][0], b[1][1]);
-      }
-    } else if constexpr (Cfg::kPParts == 2) {
-      store_matrices(prob + swizzled(upper * Cfg::kRowTile + row8, column), packed[0][0][0], packed[0][0][1],
-                     packed[1][0][0], packed[1][0][1]);
-    } else {
-      store_matrices(prob + swizzled(row8, column), packed[0][0][0], packed[0][0][1]);
-    }
+    store_probabilities<Cfg>(st, prob, block, packed);
   }
   cutlass::arch::fence_view_async_shared();
   return exceeds;

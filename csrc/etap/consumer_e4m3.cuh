@@ -158,14 +158,13 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
     if (g % 2 == 1) keys = chunk_address(smem, at) + offsets.keys;
     load_key_group(pipe.bytes, keys, (g - 1) % 2);
   };
-  if (Cfg::kLoadsAhead) load(0);
+  load(0);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    if (!Cfg::kLoadsAhead) load(g);
     if (g >= 2) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
     widen_keys(pipe.bytes, pipe.a[g & 1]);
     if (g == 0) release_chunk(smem, at, lane);
-    if (Cfg::kLoadsAhead && g % 2 == 1) load(g + 1);
+    if (g % 2 == 1) load(g + 1);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int part = 0; part < (g == 0 ? 2 : 1); ++part) {
@@ -178,12 +177,11 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
       }
     }
     cute::warpgroup_commit_batch();
-    if (Cfg::kLoadsAhead && g % 2 == 0 && g + 1 < kGroups) load(g + 1);  // it may have to wait for its chunk
+    if (g % 2 == 0 && g + 1 < kGroups) load(g + 1);  // it may have to wait for its chunk
   }
 }
 
-// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first; with kLoadsAhead its first block's bytes
-// are there. Of P^T's versions, where there are several, each chunk takes its own.
+// O^T += V^T P^T, left in flight; frees the latent chunks. `at`: the first, whose first block's bytes are there.
 template <class Cfg>
 ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, E4m3Pipeline& pipe,
                                       LaneOffsets const& offsets, RingPosition<Cfg> at, uint32_t prob) {
@@ -199,18 +197,17 @@ ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cf
 #pragma unroll
   for (int c = 0; c < kLatentChunks; ++c) {
     Group& a = pipe.a[c & 1];
-    if (!Cfg::kLoadsAhead) load(c);
     if (c >= 2) cute::warpgroup_wait<1>();
     widen_values(pipe.bytes, a);
     if (c % 2 == 1) release_chunk(smem, at, st.lane);
-    if (Cfg::kLoadsAhead && c + 1 < kLatentChunks) load(c + 1);
+    if (c + 1 < kLatentChunks) load(c + 1);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        uint32_t const from = c / 2 % Cfg::kProbVersions * Cfg::kProbBytes + part * Cfg::kRowTile * 128 + j * 32;
-        wgmma<Cfg::kPvRows>(a[j], descriptor(p_low + from / kDescriptorUnit), st.out[c], ScaleOut::One);
+        uint32_t const of_keys = p_low + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit;
+        wgmma<Cfg::kPvRows>(a[j], descriptor(of_keys), st.out[c], ScaleOut::One);
       }
     }
     cute::warpgroup_commit_batch();
@@ -228,7 +225,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
   float scores[Cfg::kRowTile / 2];
   await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile_e4m3(smem, pipe, offsets, at, st.group, st.lane, scores);
-  if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
+  load_value_group(pipe.bytes, values, 0);
   cute::warpgroup_wait<0>();
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
@@ -242,7 +239,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
     if (end > mask.len) {
       clear_tail(smem, at, mask.len - tile * kTileKeys, st);
       sync_group(st.group);
-      if (Cfg::kLoadsAhead) load_value_group(pipe.bytes, values, 0);
+      load_value_group(pipe.bytes, values, 0);
     }
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);

@@ -8,14 +8,58 @@
 
 namespace etap {
 
-// S^T from the warpgroup's chunks, all rows; left in flight. Group 0 of the fragments is its half of the rope chunk,
-// which meets two parts of Q; the others are the halves of its latent chunks.
+// Of all eight warps.
 template <class Cfg>
-ETAP_DEVICE void score_own_chunks_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, LaneOffsets const& offsets,
-                                       RingPosition<Cfg> at, int group, int lane, float (&scores)[Cfg::kRowTile / 2]) {
+ETAP_DEVICE void release_rope(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int lane) {
+  __syncwarp();
+  if (lane == 0) smem.control.empty[at.slot].arrive();
+}
+
+// The warpgroup's half of the rope chunk's columns, all rows; left in flight. Q's rope part is in one part, or in two.
+template <class T, class Cfg>
+ETAP_DEVICE void score_own_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, E4m3Pipeline& pipe,
+                                LaneOffsets const& offsets, RingPosition<Cfg> at, int group, int lane,
+                                float (&scores)[Cfg::kRowTile / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
-  uint32_t const query = descriptor_low(shared_address(smem.query));
-  uint32_t const rope_query = query + kLatentChunks * kQueryChunk + group * 2 * kStep;
+  uint32_t const half = group * 2 * kStep, keys = chunk_address(smem, at);
+  uint32_t const query = descriptor_low(shared_address(smem.query[kLatentChunks])) + half;
+  smem.control.full[at.slot].wait(at.parity);
+  if constexpr (Cfg::kRope16) {
+    if (p.box_rows == 0) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(descriptor_low(keys) + half + j * kStep),
+                                        descriptor(query + j * kStep), scores, j == 0 ? ScaleOut::Zero : ScaleOut::One);
+    }
+  } else {
+    load_matrices(pipe.bytes, 0, (keys + offsets.rope) ^ (group * 32));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      widen(pipe.bytes[2 * j], pipe.a[0][j][0], pipe.a[0][j][2]);
+      widen(pipe.bytes[2 * j + 1], pipe.a[0][j][1], pipe.a[0][j][3]);
+    }
+    release_rope(smem, at, lane);
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < Cfg::kQueryChunks - kLatentChunks; ++part) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        wgmma<Cfg::kRowTile>(pipe.a[0][j], descriptor(query + part * kQueryChunk + j * kStep), scores,
+                             part + j == 0 ? ScaleOut::Zero : ScaleOut::One);
+      }
+    }
+  }
+  cute::warpgroup_commit_batch();
+}
+
+// The warpgroup's latent chunks of K, 64 columns at a time, behind score_own_rope: multiply(g, a, q) puts the wgmmas of
+// fragments a on their way, with the columns of Q from descriptor q on.
+template <class Cfg, class Multiply>
+ETAP_DEVICE void walk_own_keys(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, LaneOffsets const& offsets,
+                               RingPosition<Cfg> at, int group, Multiply const& multiply) {
+  constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit;
+  uint32_t const query = descriptor_low(shared_address(smem.query)) + Cfg::kChunkBlocks * group * kQueryChunk;
   uint32_t keys = 0;
   auto const load = [&](int g) {
     if (g % 2 == 0) {
@@ -25,25 +69,6 @@ ETAP_DEVICE void score_own_chunks_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& p
     }
     load_key_group(pipe.bytes, keys, g % 2);
   };
-  smem.control.full[at.slot].wait(at.parity);
-  load_matrices(pipe.bytes, 0, (chunk_address(smem, at) + offsets.rope) ^ (group * 32));
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    widen(pipe.bytes[2 * j], pipe.a[0][j][0], pipe.a[0][j][2]);
-    widen(pipe.bytes[2 * j + 1], pipe.a[0][j][1], pipe.a[0][j][3]);
-  }
-  __syncwarp();
-  if (lane == 0) smem.control.empty[at.slot].arrive();  // all eight warps do
-  cute::warpgroup_arrive();
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      wgmma<Cfg::kRowTile>(pipe.a[0][j], descriptor(rope_query + part * kQueryChunk + j * kStep), scores,
-                           part + j == 0 ? ScaleOut::Zero : ScaleOut::One);
-    }
-  }
-  cute::warpgroup_commit_batch();
   load(0);
 #pragma unroll
   for (int g = 0; g < Cfg::kOwnBlocks; ++g) {
@@ -51,11 +76,8 @@ ETAP_DEVICE void score_own_chunks_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& p
     if (g >= 1) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
     widen_keys(pipe.bytes, a);
     if (g % 2 == 0) load(g + 1);
-    uint32_t const q = query + (Cfg::own_block(0, g) + Cfg::kChunkBlocks * group) * kQueryChunk;
     cute::warpgroup_arrive();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) wgmma<Cfg::kRowTile>(a[j], descriptor(q + j * kStep), scores, ScaleOut::One);
-    cute::warpgroup_commit_batch();
+    multiply(g, a, query + Cfg::own_block(0, g) * kQueryChunk);
     if (g % 2 == 1 && g + 1 < Cfg::kOwnBlocks) load(g + 1);  // it may have to wait for its chunk
   }
 }
@@ -82,15 +104,51 @@ struct OwnValues {
   }
 };
 
+// O^T += V^T P^T for the warpgroup's blocks, of which two are widened. `before`, `meanwhile`: see accumulate_tile. Of
+// P^T's versions, where there are several, each chunk takes its own.
+template <class Cfg, class Meanwhile>
+ETAP_DEVICE void accumulate_own_values(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st, OwnValues<Cfg>& values,
+                                       ScaleOut before, Meanwhile const& meanwhile) {
+  uint32_t const prob = descriptor_low(shared_address(smem.prob[0])) +
+                        (Cfg::kProbVersions > 1 ? st.group * Cfg::kProbBytes / kDescriptorUnit : 0);
+#pragma unroll
+  for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
+    if (c >= 2) {
+      cute::warpgroup_wait<1>();  // the block before last is done with its fragments
+      values.widen(c);
+    }
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t const version = Cfg::own_block(0, c) / Cfg::kChunkBlocks % Cfg::kProbVersions;
+        uint32_t const from = version * Cfg::kProbBytes + part * Cfg::kRowTile * 128 + j * 32;
+        wgmma<Cfg::kPvRows>(values.a[c % 2][j], descriptor(prob + from / kDescriptorUnit), st.out[c],
+                            part + j == 0 ? before : ScaleOut::One);
+      }
+    }
+    cute::warpgroup_commit_batch();
+  }
+  meanwhile();
+  cute::warpgroup_wait<0>();
+}
+
 // One tile. `at`: its rope chunk. `meanwhile` is called behind the tile's last sums, with V^T P^T under way.
 template <class Cfg, class Meanwhile>
 ETAP_DEVICE void consume_tile_e4m3_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                                         E4m3Pipeline& pipe, LaneOffsets const& offsets, MaskBounds const& mask,
                                         RingPosition<Cfg> at, int tile, Meanwhile const& meanwhile) {
   constexpr int kStats = ConsumerState<Cfg>::kStats;
+  constexpr uint32_t kStep = 32 / kDescriptorUnit;
   ScaleOut const before = Cfg::kOverwrites && st.fresh ? ScaleOut::Zero : ScaleOut::One;
   float all[Cfg::kRowTile / 2], scores[Cfg::kScoreRows / 2];
-  score_own_chunks_e4m3(smem, pipe, offsets, at, st.group, st.lane, all);
+  score_own_rope<__half>(p, smem, pipe, offsets, at, st.group, st.lane, all);
+  walk_own_keys(smem, pipe, offsets, at, st.group, [&](int, Group const& a, uint32_t query) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) wgmma<Cfg::kRowTile>(a[j], descriptor(query + j * kStep), all, ScaleOut::One);
+    cute::warpgroup_commit_batch();
+  });
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len) {
     sync_group(st.group);
@@ -112,26 +170,7 @@ ETAP_DEVICE void consume_tile_e4m3_wide(MlaDecodeParams const& p, SharedStorage<
   }
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) mask_scores(p, mask, st, tile, scores);
   write_all_probabilities<__half>(p, smem, st, scores);
-  uint32_t const prob = descriptor_low(shared_address(smem.prob[0]));
-#pragma unroll
-  for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
-    if (c >= 2) {
-      cute::warpgroup_wait<1>();  // the block before last is done with its fragments
-      values.widen(c);
-    }
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int part = 0; part < (Cfg::kConcatP ? 1 : Cfg::kPParts); ++part) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t const of_keys = prob + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit;
-        wgmma<Cfg::kPvRows>(values.a[c % 2][j], descriptor(of_keys), st.out[c], part + j == 0 ? before : ScaleOut::One);
-      }
-    }
-    cute::warpgroup_commit_batch();
-  }
-  meanwhile();
-  cute::warpgroup_wait<0>();
+  accumulate_own_values(smem, st, values, before, meanwhile);
 }
 
 // All tiles of a piece; last_one() is called while the last one's V^T P^T is under way.

@@ -28,12 +28,12 @@ ETAP_DEVICE void raise_reference_wide(MlaDecodeParams const& p, SharedStorage<Cf
   if (fresh) return;
   if (st.warp == 0 && st.lane < 4) {
 #pragma unroll
-    for (int i = 0; i < kStats; ++i) smem.control.raised_by[st.first_row() + st.row_of(i)] = factor[i];
+    for (int i = 0; i < kStats; ++i) smem.control.out_factor[st.first_row() + st.row_of(i)] = factor[i];
   }
   sync_consumers();
 #pragma unroll
   for (int j = 0; j < Cfg::kPvRows / 8; ++j) {
-    float2 const f = *reinterpret_cast<float2 const*>(&smem.control.raised_by[st.row_of(2 * j) % Cfg::kRowTile]);
+    float2 const f = row_pair<Cfg>(smem.control.out_factor, st, j % (Cfg::kRowTile / 8));
 #pragma unroll
     for (int c = 0; c < Cfg::kOwnBlocks; ++c) {
       st.out[c][4 * j] *= f.x;

@@ -87,7 +87,6 @@ struct WgmmaRegisters;
 ETAP_WGMMA(8)
 ETAP_WGMMA(16)
 ETAP_WGMMA(32)
-ETAP_WGMMA(64)
 #undef ETAP_WGMMA
 
 template <class Atom, size_t R, size_t... I>

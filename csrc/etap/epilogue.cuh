@@ -111,8 +111,8 @@ ETAP_DEVICE void store_neighbours(uint32_t base, uint32_t col16, int lane, float
 
 // 8 KB of the warpgroup's own, for its output on the way: the i-th chunk lent to it, or a part of Q.
 template <class Cfg>
-ETAP_DEVICE uint8_t* staging_chunk(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> const& lent,
-                                   int i) {
+ETAP_DEVICE uint8_t* staging_chunk(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
+                                   RingPosition<Cfg> const& lent, int i) {
   static_assert(!Cfg::kWide || Cfg::kQueryBytes >= kConsumerGroups * Cfg::kRowTile / 16 * kChunkBytes);
   if constexpr (Cfg::kWide) return smem.query[0] + (st.group * (Cfg::kRowTile / 16) + i) * kChunkBytes;
   return smem.ring[lent.ahead(i).slot];
@@ -144,23 +144,32 @@ ETAP_DEVICE void store_half(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, 
     }
   }
   sync_group(st.group);
+  int const column = Cfg::kWide ? Cfg::own_block(st.group, st.lane / 8) * kChunkCols + st.lane % 8 * 8
+                                : st.group * 256 + st.lane * 8;
+  T* const out = static_cast<T*>(p.out) + column;
+  constexpr int kBatch = Cfg::kRowTile < 16 ? 2 : 4;  // rows of a warp that are read at once
   ETAP_ROLLED
-  for (int r = st.warp; r < Cfg::kRowTile; r += 4) {
-    int64_t const target = rows[r].out;
-    if (target < 0) continue;
-    int const row = r % 16;
-    uint8_t const* from = staging_chunk(smem, st, lent, r / 16) + row * 512 + ((st.lane ^ (row & 7)) << 4);
-    int const column = Cfg::kWide ? Cfg::own_block(st.group, st.lane / 8) * kChunkCols + st.lane % 8 * 8
-                                  : st.group * 256 + st.lane * 8;
-    T* const out = static_cast<T*>(p.out) + target + column;
-    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<uint4 const*>(from);
+  for (int first = st.warp; first < Cfg::kRowTile; first += 4 * kBatch) {
+    int64_t target[kBatch];
+    uint4 value[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      int const r = first + 4 * k, row = r % 16;
+      target[k] = rows[r].out;
+      value[k] = *reinterpret_cast<uint4 const*>(staging_chunk(smem, st, lent, r / 16) + row * 512 +
+                                                 ((st.lane ^ (row & 7)) << 4));
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (target[k] >= 0) *reinterpret_cast<uint4*>(out + target[k]) = value[k];
+    }
   }
 }
 
 // Where warpgroup `group` finds the quads of O^T that the other gives it, in the lent chunks.
 template <class Cfg>
-ETAP_DEVICE float4* given_quad(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent, int group,
-                               int c, int j) {
+ETAP_DEVICE float4* given_quad(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st, RingPosition<Cfg> lent,
+                               int group, int c, int j) {
   constexpr int kQuads = Cfg::kRowTile / 8, kHalf = Cfg::kExchangeChunks / 2;
   int const q = c * kQuads + j;
   return reinterpret_cast<float4*>(smem.ring[lent.ahead(group * kHalf + q / 4).slot]) + (q % 4) * 128 + st.warp * 32 +
@@ -221,7 +230,7 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   publish_statistics(smem, st);
   sync_consumers();  // also: Q may be replaced
   float own[kStats], other[kStats];
-  if (exchange || Cfg::kManyOutputs) {  // the shorter way would cost them spilled registers
+  if (exchange || Cfg::kRowTile == 32) {  // the shorter way would cost them spilled registers
     join_statistics(smem, st, own, other);
   } else {
 #pragma unroll
@@ -274,26 +283,26 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   }
 }
 
-// Shared tiles: the sum of a row of the row tile, from the warpgroup that scores it.
-template <class Cfg>
-ETAP_DEVICE float published_sum(SharedStorage<Cfg> const& smem, int row) {
-  return group_sum(smem, row / Cfg::kScoreRows, row % Cfg::kScoreRows);
-}
-
-// Shared tiles, while the last one's V^T P^T is under way: the piece's statistics, and where its results go.
+// Shared tiles, while the last one's V^T P^T is under way: the piece's statistics, a lane for each row that the
+// warpgroup scores, and where its part of O^T goes or what it is multiplied by.
 template <class T, class Cfg>
 ETAP_DEVICE void finish_statistics_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                         ConsumerState<Cfg>& st) {
   keep(st.lane);  // else addresses that it gives are kept, spilled, from piece to piece
   publish_statistics(smem, st);
-  if (piece.whole()) return;
   sync_group(st.group);
-#pragma unroll
-  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) st.sum[i] = group_sum(smem, st.group, st.row_of(i));
-  bool const packed = packs_partials<T, Cfg>(p);
+  bool const packed = packs_partials<T, Cfg>(p), has_row = st.warp == 0 && st.lane < Cfg::kScoreRows;
+  int const own_row = has_row ? st.lane : 0, row = st.first_row() + own_row;
+  float const sum = group_sum(smem, st.group, own_row), reference = smem.control.reference[st.group][own_row];
+  if (piece.whole()) {
+    if (!has_row) return;
+    smem.control.out_factor[row] = sum > 0.0f ? value_scale(smem, piece.table) / sum : 0.0f;
+    write_lse(p, smem.control.rows[piece.table][row], reference, sum);
+    return;
+  }
   PartialBuffer<Cfg> const buffer(p, smem.control.epoch, packed);
   int const slot = piece.slot(piece.part), first = Cfg::kOwnBlocks * st.group;
-  store_stats(buffer.stats(slot), st);
+  if (has_row) store_relaxed(buffer.stats(slot) + row, make_float2(reference, sum));
   if (st.group == 0 && st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot, packed);
   int const at = packed ? PartialUnits<Cfg, true>::of_block(first) : PartialUnits<Cfg, false>::of_block(first);
   st.partial = buffer.units(slot) + at + st.warp * 32 + st.lane;
@@ -304,7 +313,7 @@ ETAP_DEVICE void finish_statistics_wide(MlaDecodeParams const& p, SharedStorage<
 template <class T, class Cfg>
 ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                    ConsumerState<Cfg>& st) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats, kBlocks = Cfg::kOwnBlocks;
+  constexpr int kBlocks = Cfg::kOwnBlocks;
   if (!piece.whole()) {
     auto const value = [&](int c, int i) { return folded(st, c, i); };
     if (packs_partials<T, Cfg>(p)) {
@@ -315,25 +324,15 @@ ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>&
     return;
   }
   sync_consumers();
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] = published_sum(smem, st.first_row() + st.row_of(i));
   RowTarget const* const rows = smem.control.rows[piece.table];
-  if (st.warp == 0 && st.lane < 4) {
-#pragma unroll
-    for (int i = 0; i < kStats; ++i) {
-      write_lse(p, rows[st.first_row() + st.row_of(i)], st.reference[i], st.sum[i]);
-    }
-  }
   float result[kBlocks][Cfg::kRowTile / 2];
 #pragma unroll
-  for (int i = 0; i < Cfg::kRowTile / 4; ++i) {
-    float const sum = published_sum(smem, st.row_of(i));
-    float const scale = sum > 0.0f ? value_scale(smem, piece.table) / sum : 0.0f;
-    int const first = 4 * (i / 2) + (i & 1);
+  for (int j = 0; j < Cfg::kRowTile / 8; ++j) {
+    float2 const factor = row_pair<Cfg>(smem.control.out_factor, st, j);
 #pragma unroll
     for (int c = 0; c < kBlocks; ++c) {
-      result[c][first] = folded(st, c, first) * scale;
-      result[c][first + 2] = folded(st, c, first + 2) * scale;
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) result[c][i] = folded(st, c, i) * (i % 2 ? factor.y : factor.x);
     }
   }
   if (p.out_fp32) {

@@ -49,7 +49,8 @@ ETAP_DEVICE void prefetch_tile(MlaDecodeParams const& p, int thread) {
   if (p.batch == 0) return;
   auto const tiles_of = [](int len) { return (len + kTileKeys - 1) / kTileKeys; };
   int const any = tiles_of(cache_len(p, min(int(blockIdx.x), p.batch - 1)));
-  int const each = max(1, quotient(ctas_of(any * p.batch, p.batch, ctas), p.batch)), request = quotient(blockIdx.x, each);
+  int const each = max(1, quotient(ctas_of(any * p.batch, p.batch, ctas), p.batch));
+  int const request = quotient(blockIdx.x, each);
   if (request >= p.batch) return;
   int const len = cache_len(p, request);
   int const key = EvenCut(tiles_of(len), each).begin(blockIdx.x - request * each) * kTileKeys + thread / 4;
@@ -78,15 +79,16 @@ ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& sme
   if constexpr (Cfg::kGroups) {
     if (lane < kScaleTiles) {
       smem.control.scales_full[lane].init(p.box_rows ? 32 : 128);
-      smem.control.scales_empty[lane].init(4);
+      smem.control.scales_empty[lane].init(kConsumerThreads / 32);
     }
   }
   cutlass::arch::fence_barrier_init();
 }
 
-// The thread's number among the consumers, read again; kept, it would be spilled in some kernels.
-ETAP_DEVICE int consumer_thread() {
-  int thread;
+// The thread's number among the consumers, which is `thread`: with 64 rows read again, for kept it would be spilled.
+template <class Cfg>
+ETAP_DEVICE int consumer_thread(int thread) {
+  if (Cfg::kRowTile < 64) return thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread - 128;
 }
@@ -95,8 +97,7 @@ ETAP_DEVICE int consumer_thread() {
 template <class T, class Cfg>
 ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                               PieceInfo const& piece, int thread, bool first) {
-  if (Cfg::kGroups) thread = int(threadIdx.x) - 128;  // read again: kept, it would be spilled
-  int piece_thread = Cfg::kRowTile == 64 ? consumer_thread() : thread;
+  int piece_thread = consumer_thread<Cfg>(thread);
   keep(piece_thread);  // else addresses that it gives are kept, spilled, from piece to piece
   RowTarget* const rows = smem.control.rows[piece.table];
   if constexpr (Cfg::kE4m3) {
@@ -117,7 +118,7 @@ ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   trace(kQueryThere, first && thread == 0);
   st.reset();
   if constexpr (Cfg::kGroups) {
-    consume_tiles_groups<T>(p, smem, st, piece);
+    consume_tiles_groups<T>(p, smem, st, mask, piece, [&] { finish_statistics_wide<T>(p, smem, piece, st); });
   } else if constexpr (Cfg::kE4m3 && Cfg::kWide) {
     consume_tiles_e4m3_wide(p, smem, st, mask, piece, [&] { finish_statistics_wide<T>(p, smem, piece, st); });
   } else if constexpr (Cfg::kE4m3) {
@@ -136,13 +137,12 @@ ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
     }
   }
   trace(kTilesDone, thread == 0);
-  if constexpr (Cfg::kGroups) return piece.first_chunk + (piece.end - piece.begin) * Cfg::kRingTile;  // read again
   return chunk + tiles * Cfg::kRingTile;
 }
 
 template <class T, class Cfg>
 ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int group, int warp, int lane) {
-  int const thread = Cfg::kGroups ? int(threadIdx.x) - 128 : group * 128 + warp * 32 + lane;
+  int const thread = group * 128 + warp * 32 + lane;
   ConsumerState<Cfg> st;
   st.group = group, st.warp = warp, st.lane = lane;
   ETAP_ROLLED
@@ -156,12 +156,12 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
       finish_piece<T>(p, smem, piece, st, RingPosition<Cfg>::at(lent));
     }
     trace(kPieceDone, thread == 0);
-    int const own = Cfg::kRowTile == 64 ? consumer_thread() : thread;
+    int const own = consumer_thread<Cfg>(thread);
     if (!piece.whole() && own == 0) smem.control.pending[piece.table] = piece;
     if (Cfg::kRowTile == 64) keep(index);  // else a copy of it is spilled
     release_piece(smem, index, lane);
   }
-  merge_pending<T>(p, smem, Cfg::kRowTile == 64 ? consumer_thread() : thread);
+  merge_pending<T>(p, smem, consumer_thread<Cfg>(thread));
   trace(kEnded, thread == 0);
 }
 
@@ -173,7 +173,7 @@ ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_ma
   KeyPlace first{0, 0};
   if (warp == 0) {
     plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
-      if (Cfg::kLooksUpEarly && p.box_rows) {
+      if (p.box_rows) {
         first = BoxLane(p, lane).look_up(p, piece.request, page_row(p, piece.request), len, piece.begin);
       }
     });

@@ -15,14 +15,15 @@ enum class Dtype { kBf16, kFp16 };
 struct LaunchConfig {
   Dtype dtype;   // of the query, and of the cache unless that is e4m3
   CacheFormat cache = CacheFormat::kQueryType;
-  int row_tile;  // 8, 16, 32, or 64 but for an e4m3 cache
+  int row_tile;  // 8 but with scales of groups, 16, 32, or 64 but for an e4m3 cache
   int p_parts;   // 16-bit parts of P: 1, 2, or 0 for the GPU's default
   int num_ctas;  // at most one per SM
 };
 
 // The smallest row tile that holds `rows`, or the largest there is.
 constexpr int row_tile_for(int64_t rows, CacheFormat cache) {
-  return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 || cache != CacheFormat::kQueryType ? 32 : 64;
+  bool const groups = cache == CacheFormat::kE4m3Groups || cache == CacheFormat::kE4m3GroupsRope16;
+  return rows <= 8 && !groups ? 8 : rows <= 16 ? 16 : rows <= 32 || cache != CacheFormat::kQueryType ? 32 : 64;
 }
 
 // Keys per TMA box for a cache of these elements, or 0 if it must be gathered.

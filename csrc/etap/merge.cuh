@@ -113,7 +113,8 @@ struct SliceShare {
   int unit0, width, blocks;      // block b is unit0 + b width
   int group, groups, own_parts;  // of the threads that share a unit's parts; groups <= parts
 
-  ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread) : num_parts(piece.num_parts) {
+  ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread)
+      : num_parts(piece.num_parts) {
     EvenCut const cut(PartialUnits<Cfg, Packed>::kCount, num_parts);
     int const begin = cut.begin(piece.part), longest = cut.base + min(cut.longer, 1);
     int const log_width = min(8, max(3, 32 - __clz(longest - 1)));

@@ -69,7 +69,8 @@ ETAP_DEVICE uint4 pack_unit(float const (&f)[8]) {
 // Of two pairs of fp16 the larger size each; of two pairs of sizes the smaller each. NaN counts as nothing: fp16 has
 // NaN.
 ETAP_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
-  __half2 const top = __hmax2(__habs2(reinterpret_cast<__half2 const&>(a)), __habs2(reinterpret_cast<__half2 const&>(b)));
+  __half2 const top =
+      __hmax2(__habs2(reinterpret_cast<__half2 const&>(a)), __habs2(reinterpret_cast<__half2 const&>(b)));
   return reinterpret_cast<uint32_t const&>(top);
 }
 ETAP_DEVICE uint32_t smaller(uint32_t a, uint32_t b) {
@@ -110,9 +111,7 @@ ETAP_DEVICE void store_packed(float4* to, Value const& value) {
     if (!in_half_range(highest, lowest)) pack(__nv_bfloat16{});
 #pragma unroll
     for (int j = 0; j < kRowBlocks; ++j) {
-      uint4 const u = unit[j];
-      store_relaxed(to + (c / 2 * kRowBlocks + j) * 128,
-                    make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w)));
+      store_relaxed(to + (c / 2 * kRowBlocks + j) * 128, reinterpret_cast<float4 const&>(unit[j]));
     }
   }
 }

@@ -248,7 +248,8 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 #pragma unroll
       for (int i = 1; i < kRows; ++i) own = col16 == i ? place[i] : own;
       if (col16 >= kRows) own.row = -1;
-      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, first_tile(smem, piece) + tile - piece.begin);
+      int const n = first_tile(smem, piece) + tile - piece.begin;
+      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, n);
     }
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
@@ -262,8 +263,9 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         // 16 rows further on, the swizzle is the same.
-        uint8_t* const to = smem.ring[at.slot] + (rope ? rope_offset<Cfg>(first_row, lane_col16) + i * 16 * Cfg::kRopeRowBytes
-                                                       : swizzled(first_row, lane_col16) + i * 16 * 128);
+        uint32_t const offset = rope ? rope_offset<Cfg>(first_row, lane_col16) + i * 16 * Cfg::kRopeRowBytes
+                                     : swizzled(first_row, lane_col16) + i * 16 * 128;
+        uint8_t* const to = smem.ring[at.slot] + offset;
         if (place[i].row >= 0 && !(rope && col16 >= 4)) {
           cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
                                                        *reinterpret_cast<uint4*>(to));
@@ -338,7 +340,7 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
     PieceInfo const& piece = warp == 0 ? posted_piece(smem, index) : await_piece(smem, index);
     if (piece.request < 0) break;
     if (!gather) {
-      if (index > 0 || !Cfg::kLooksUpEarly) first = BoxLane(p, lane).look_up(p, piece.request, piece.pages, piece.len, piece.begin);
+      if (index > 0) first = BoxLane(p, lane).look_up(p, piece.request, piece.pages, piece.len, piece.begin);
       load_piece_tma(p, ckv_map, kpe_map, smem, piece, first, at, lane);
     } else {
       int thread = warp * 32 + lane;

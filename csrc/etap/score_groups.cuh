@@ -1,7 +1,7 @@
 // S^T over an e4m3 cache with scales for groups of latent columns: see consumer_groups.cuh.
 #pragma once
 
-#include "consumer_e4m3.cuh"
+#include "consumer_e4m3_wide.cuh"
 
 namespace etap {
 
@@ -40,9 +40,6 @@ ETAP_DEVICE void load_query_groups(MlaDecodeParams const& p, SharedStorage<Cfg>&
   cutlass::arch::fence_view_async_shared();
 }
 
-// The group of columns that the c-th latent chunk of a tile is: see latent_chunk.
-ETAP_DEVICE int scale_group(int c, int group) { return c ^ (group * (kScaleGroups / 2)); }
-
 // Keeps a use of wgmma's results behind the wait for them.
 template <int N>
 ETAP_DEVICE void fence_results(float (&d)[N]) {
@@ -50,173 +47,73 @@ ETAP_DEVICE void fence_results(float (&d)[N]) {
   for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(d[i]);
 }
 
-// Adds a chunk's products to the scores. `low`, `high`: its scales for the thread's two keys.
+// Brings the rope chunk's products to log2 units.
 template <class Cfg>
-ETAP_DEVICE void add_products(SharedStorage<Cfg> const& smem, ConsumerState<Cfg> const& st, float low, float high,
-                              float (&products)[Cfg::kRowTile / 2], float (&scores)[Cfg::kRowTile / 2]) {
-  fence_results(products);
-#pragma unroll
-  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
-    float const factor = smem.control.row_scale[st.row_of(i)];
-    int const at = 4 * (i / 2) + (i & 1);
-    scores[at] = fmaf(products[at], low * factor, scores[at]);
-    scores[at + 2] = fmaf(products[at + 2], high * factor, scores[at + 2]);
-  }
-}
-
-// The rope chunk's products, left in flight.
-template <class T, class Cfg>
-ETAP_DEVICE void score_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, E4m3Pipeline& pipe,
-                            LaneOffsets const& offsets, RingPosition<Cfg> at, int lane,
+ETAP_DEVICE void scale_rope(MlaDecodeParams const& p, SharedStorage<Cfg> const& smem, ConsumerState<Cfg> const& st,
                             float (&scores)[Cfg::kRowTile / 2]) {
-  constexpr uint32_t kStep = 32 / kDescriptorUnit;
-  uint32_t const query = descriptor_low(shared_address(smem.query[kLatentChunks])), keys = chunk_address(smem, at);
-  smem.control.full[at.slot].wait(at.parity);
-  if constexpr (Cfg::kRope16) {
-    if (p.box_rows == 0) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(descriptor_low(keys) + j * kStep), descriptor(query + j * kStep),
-                                        scores, j == 0 ? ScaleOut::Zero : ScaleOut::One);
-    }
-  } else {
-    load_rope_group(pipe.bytes, keys + offsets.rope);
-    widen_keys(pipe.bytes, pipe.a[0]);
-    release_chunk(smem, at, lane);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      wgmma<Cfg::kRowTile>(pipe.a[0][j], descriptor(query + j * kStep), scores,
-                           j == 0 ? ScaleOut::Zero : ScaleOut::One);
-    }
-  }
-  cute::warpgroup_commit_batch();
-}
-
-// Brings the rope chunk's products to log2 units, once they are there, and frees the chunk.
-template <class Cfg>
-ETAP_DEVICE void finish_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
-                             RingPosition<Cfg> at, float (&scores)[Cfg::kRowTile / 2]) {
-  if (Cfg::kRope16) release_chunk(smem, at, st.lane);
   fence_results(scores);
 #pragma unroll
-  for (int i = 0; i < ConsumerState<Cfg>::kStats; ++i) {
-    float factor = p.scale_log2;
-    if constexpr (!Cfg::kRope16) factor = smem.control.rope_scale[st.row_of(i)];
-    scores[4 * (i / 2) + (i & 1)] *= factor;
-    scores[4 * (i / 2) + 2 + (i & 1)] *= factor;
+  for (int j = 0; j < Cfg::kRowTile / 8; ++j) {
+    float2 factor = make_float2(p.scale_log2, p.scale_log2);
+    if constexpr (!Cfg::kRope16) factor = row_pair<Cfg>(smem.control.rope_scale, st, j);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[4 * j + i] *= i % 2 ? factor.y : factor.x;
   }
 }
 
-// The latent chunks' part of S^T, with two sets of accumulators: a chunk is added up while wgmma works on the next.
-// `at`: the rope chunk. Leaves the bytes of the first block of V^T in `pipe`.
+// What a thread multiplies a chunk's products by: its two keys' scales, and the rows' factors.
 template <class Cfg>
-ETAP_DEVICE void score_latent(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
-                              E4m3Pipeline& pipe, LaneOffsets const& offsets, RingPosition<Cfg> at,
-                              float const* scales, float (&scores)[Cfg::kRowTile / 2]) {
-  constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
-  constexpr int kGroups = 2 * Cfg::kRingLatent;
-  uint32_t const query = descriptor_low(shared_address(smem.query));
-  uint32_t const values = chunk_address(smem, at.ahead(1)) + offsets.values;
-  RingPosition<Cfg> const rope = at;
-  float products[2][Cfg::kRowTile / 2];  // of chunks in turn
-  float low = 0, high = 0;               // scales of the chunk that is added next
-  uint32_t keys = 0;
-  auto load = [&](int g) {
-    if (g % 2 == 0) {
-      at.advance();
-      smem.control.full[at.slot].wait(at.parity);
-      keys = chunk_address(smem, at) + offsets.keys;
-    }
-    load_key_group(pipe.bytes, keys, g % 2);
-  };
-  auto load_scales = [&](int c) {
-    int const i = scale_group(c, st.group);
-    low = scales[i];
-    high = scales[8 * kScaleGroups + i];
-  };
-  load(0);
+struct ProductFactors {
+  float keys[2];
+  float2 rows[Cfg::kRowTile / 8];
+
+  ETAP_DEVICE ProductFactors(SharedStorage<Cfg> const& smem, ConsumerState<Cfg> const& st, float4 const* scales,
+                             int chunk) {
+    auto const* const own = reinterpret_cast<float const*>(scales + st.warp * 16 + st.lane / 4) + chunk;
+    keys[0] = own[0];
+    keys[1] = own[8 * kScaleGroups];
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    int const c = g / 2, half = g % 2;
-    Group& a = pipe.a[(g + 1) & 1];  // the rope chunk had 0
-    if (half == 1 && c > 0) load_scales(c - 1);
-    if (g > 0) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
-    widen_keys(pipe.bytes, a);
-    if (half == 0) load(g + 1);
-    if (g == 1) finish_rope(p, smem, st, rope, scores);
-    if (half == 1 && c > 0) add_products(smem, st, low, high, products[(c - 1) & 1], scores);
-    cute::warpgroup_arrive();
+    for (int j = 0; j < Cfg::kRowTile / 8; ++j) rows[j] = row_pair<Cfg>(smem.control.row_scale, st, j);
+  }
+  // Adds the products, times these, to the scores.
+  ETAP_DEVICE void add(float (&products)[Cfg::kRowTile / 2], float (&scores)[Cfg::kRowTile / 2]) const {
+    fence_results(products);
+#pragma unroll
+    for (int i = 0; i < Cfg::kRowTile / 2; ++i) {
+      float2 const row = rows[i / 4];
+      scores[i] = fmaf(products[i], keys[i / 2 % 2] * (i % 2 ? row.y : row.x), scores[i]);
+    }
+  }
+};
+
+// S^T of one tile from the warpgroup's chunks, all rows, in log2 units. A chunk is added up while wgmma works on the
+// next. `behind` is called with the last one's products under way, its bytes in registers.
+template <class T, class Cfg, class Behind>
+ETAP_DEVICE void score_own_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
+                                  E4m3Pipeline& pipe, LaneOffsets const& offsets, RingPosition<Cfg> at,
+                                  ScalePosition scales_at, float (&scores)[Cfg::kRowTile / 2], Behind const& behind) {
+  constexpr uint32_t kStep = 32 / kDescriptorUnit;
+  float4 const* const scales = smem.control.scales[scales_at.slot];
+  float products[2][Cfg::kRowTile / 2];  // of the warpgroup's chunks
+  score_own_rope<T>(p, smem, pipe, offsets, at, st.group, st.lane, scores);
+  walk_own_keys(smem, pipe, offsets, at, st.group, [&](int g, Group const& a, uint32_t query) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      wgmma<Cfg::kRowTile>(a[j], descriptor(query + latent_chunk(g, st.group) * kQueryChunk + j * kStep),
-                           products[c & 1], half + j == 0 ? ScaleOut::Zero : ScaleOut::One);
+      wgmma<Cfg::kRowTile>(a[j], descriptor(query + j * kStep), products[g / 2],
+                           g % 2 + j == 0 ? ScaleOut::Zero : ScaleOut::One);
     }
     cute::warpgroup_commit_batch();
-    if (half == 1 && g + 1 < kGroups) load(g + 1);  // it may have to wait for its chunk
-  }
-  load_scales(Cfg::kRingLatent - 1);
-  load_value_group(pipe.bytes, values, 0);
-  cute::warpgroup_wait<0>();
-  add_products(smem, st, low, high, products[(Cfg::kRingLatent - 1) & 1], scores);
-}
-
-// The same where registers are short: one set of accumulators, fragments for two steps of k16 at a time, nothing loaded
-// ahead.
-template <class Cfg>
-ETAP_DEVICE void score_latent_narrow(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
-                                     E4m3Pipeline& pipe, LaneOffsets const& offsets, RingPosition<Cfg> at,
-                                     float const* scales, float (&scores)[Cfg::kRowTile / 2]) {
-  constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
-  uint32_t const query = descriptor_low(shared_address(smem.query));
-  cute::warpgroup_wait<0>();
-  finish_rope(p, smem, st, at, scores);
-  ETAP_ROLLED
-  for (int c = 0; c < Cfg::kRingLatent; ++c) {
-    at.advance();
-    smem.control.full[at.slot].wait(at.parity);
-    uint32_t const keys = chunk_address(smem, at) + offsets.keys;
-    float products[Cfg::kRowTile / 2];
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      Group& a = pipe.a[g & 1];
-      load_matrices(pipe.bytes, 0, keys ^ (g * 32));
-      if (g >= 2) cute::warpgroup_wait<1>();
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        widen(pipe.bytes[2 * j], a[j][0], a[j][2]);
-        widen(pipe.bytes[2 * j + 1], a[j][1], a[j][3]);
-      }
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        uint32_t const q = query + latent_chunk(2 * c + g / 2, st.group) * kQueryChunk + (g % 2 * 2 + j) * kStep;
-        wgmma<Cfg::kRowTile>(a[j], descriptor(q), products, g + j == 0 ? ScaleOut::Zero : ScaleOut::One);
-      }
-      cute::warpgroup_commit_batch();
+    if (g == 1) {  // the rope chunk's products are there
+      if constexpr (Cfg::kRope16) release_rope(smem, at, st.lane);
+      scale_rope(p, smem, st, scores);
+    } else if (g == 3) {  // those of the first chunk
+      if (p.group_scale) smem.control.scales_full[scales_at.slot].wait(scales_at.parity);
+      ProductFactors<Cfg>(smem, st, scales, st.group).add(products[0], scores);
     }
-    int const i = scale_group(c, st.group);
-    float const low = scales[i], high = scales[8 * kScaleGroups + i];
-    cute::warpgroup_wait<0>();
-    add_products(smem, st, low, high, products, scores);
-  }
-}
-
-// S^T of one tile, in log2 units.
-template <class T, class Cfg>
-ETAP_DEVICE void score_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
-                                   E4m3Pipeline& pipe, LaneOffsets const& offsets, RingPosition<Cfg> at,
-                                   ScalePosition scales_at, float (&scores)[Cfg::kRowTile / 2]) {
-  float const* const scales =
-      reinterpret_cast<float const*>(&smem.control.scales[scales_at.slot][st.warp * 16 + st.lane / 4]);
-  score_rope<T>(p, smem, pipe, offsets, at, st.lane, scores);
-  if (p.group_scale) smem.control.scales_full[scales_at.slot].wait(scales_at.parity);
-  if constexpr (Cfg::kLoadsAhead) {
-    score_latent(p, smem, st, pipe, offsets, at, scales, scores);
-  } else {
-    score_latent_narrow(p, smem, st, pipe, offsets, at, scales, scores);
-  }
+  });
+  behind();
+  cute::warpgroup_wait<0>();
+  ProductFactors<Cfg>(smem, st, scales, st.group + 2).add(products[1], scores);
 }
 
 }  // namespace etap

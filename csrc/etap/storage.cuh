@@ -60,9 +60,9 @@ template <class Cfg>
 struct ScaleStorage<Cfg, true> {
   float4 scales[kScaleTiles][kTileKeys];   // of a key's four groups of columns; 1 without scales in memory
   uint4 power[kConsumerGroups][4];         // of each group of columns, each warp's own copy: see raise_powers
-  float rope_scale[Cfg::kRowTile];         // a rope score's factor to log2 units, where the rope part is e4m3
+  alignas(8) float rope_scale[Cfg::kRowTile];  // a rope score's factor to log2 units, where the rope part is e4m3
   FullBarrier scales_full[kScaleTiles];    // one arrival per thread that loads scales: 32 beside TMA, else 128
-  EmptyBarrier scales_empty[kScaleTiles];  // one arrival per warp of the warpgroup that the tile belongs to
+  EmptyBarrier scales_empty[kScaleTiles];  // one arrival per consumer warp
   int first_tile[kPieceBuffers];           // of each of Control::piece: tiles of this CTA before it, since launch
   int next_tile;                           // behind the last piece posted
 };
@@ -74,8 +74,7 @@ struct Operands {
   // Q: chunks of [row][64 columns], swizzled; rope last.
   uint8_t query[Cfg::kQueryChunks][Cfg::kRowTile * 128];
   // P^T as [part][row][64 keys], swizzled; two buffers per writer, so that a tile's writers need not wait for the
-  // readers of the tile before. Wide: one, for all. With scales for groups of latent columns, a version for
-  // each, in the order of the tile's chunks.
+  // readers of the tile before. Wide: one, for all. With scales for groups of latent columns, a version for each.
   uint8_t prob[Cfg::kProbBuffers][Cfg::kProbVersions * Cfg::kProbBytes];
 };
 
@@ -92,8 +91,8 @@ struct alignas(1024) SharedStorage : OperandsAndScores<Cfg> {
   struct Control : ScaleStorage<Cfg> {
     float4 warp_stat[kConsumerGroups][Cfg::kScoreRows];  // of each warp of a warpgroup: tile maximum, or sum
     float reference[kConsumerGroups][Cfg::kScoreRows];   // per warpgroup: reference maximum (log2 units)
-    float row_scale[Cfg::kE4m3 ? Cfg::kRowTile : 1];   // e4m3: a score's factor to log2 units
-    alignas(8) float raised_by[Cfg::kWide ? Cfg::kRowTile : 1];   // wide: O^T's factor under a raised reference maximum
+    alignas(8) float row_scale[Cfg::kE4m3 ? Cfg::kRowTile : 1];   // e4m3: a score's factor to log2 units
+    alignas(8) float out_factor[Cfg::kWide ? Cfg::kRowTile : 1];  // wide: O^T's, of a raised reference or at the end
     float value_scale[Cfg::kE4m3 ? 4 : 1];             // e4m3: ckv_scale, by PieceInfo::table
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
@@ -134,7 +133,9 @@ ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
 ETAP_DEVICE int query_len(MlaDecodeParams const& p, int request) {
   return p.cu_seqlens_q ? p.cu_seqlens_q[request + 1] - p.cu_seqlens_q[request] : p.q_len;
 }
-ETAP_DEVICE int clamped_len(MlaDecodeParams const& p, int cache_seqlen) { return min(max(cache_seqlen, 0), p.capacity); }
+ETAP_DEVICE int clamped_len(MlaDecodeParams const& p, int cache_seqlen) {
+  return min(max(cache_seqlen, 0), p.capacity);
+}
 ETAP_DEVICE int cache_len(MlaDecodeParams const& p, int request) { return clamped_len(p, p.cache_seqlens[request]); }
 
 // A request's row of the page table. Meaningless where there is none.

@@ -34,16 +34,12 @@ ETAP_DECLARE(fp16_e4m3, 16)
 ETAP_DECLARE(fp16_e4m3, 32)
 // A build without these kernels (an upstream's, which has no use for them) says so.
 #if !defined(ETAP_WITHOUT_GROUPS)
-ETAP_DECLARE(bf16_e4m3_groups, 8)
 ETAP_DECLARE(bf16_e4m3_groups, 16)
 ETAP_DECLARE(bf16_e4m3_groups, 32)
-ETAP_DECLARE(fp16_e4m3_groups, 8)
 ETAP_DECLARE(fp16_e4m3_groups, 16)
 ETAP_DECLARE(fp16_e4m3_groups, 32)
-ETAP_DECLARE(bf16_e4m3_groups_rope16, 8)
 ETAP_DECLARE(bf16_e4m3_groups_rope16, 16)
 ETAP_DECLARE(bf16_e4m3_groups_rope16, 32)
-ETAP_DECLARE(fp16_e4m3_groups_rope16, 8)
 ETAP_DECLARE(fp16_e4m3_groups_rope16, 16)
 ETAP_DECLARE(fp16_e4m3_groups_rope16, 32)
 #endif
@@ -57,10 +53,10 @@ constexpr Launcher kLaunchers[4][2][4] = {  // [cache][query][row tile]
     {{launch_bf16_e4m3_8, launch_bf16_e4m3_16, launch_bf16_e4m3_32},
      {launch_fp16_e4m3_8, launch_fp16_e4m3_16, launch_fp16_e4m3_32}},
 #if !defined(ETAP_WITHOUT_GROUPS)
-    {{launch_bf16_e4m3_groups_8, launch_bf16_e4m3_groups_16, launch_bf16_e4m3_groups_32},
-     {launch_fp16_e4m3_groups_8, launch_fp16_e4m3_groups_16, launch_fp16_e4m3_groups_32}},
-    {{launch_bf16_e4m3_groups_rope16_8, launch_bf16_e4m3_groups_rope16_16, launch_bf16_e4m3_groups_rope16_32},
-     {launch_fp16_e4m3_groups_rope16_8, launch_fp16_e4m3_groups_rope16_16, launch_fp16_e4m3_groups_rope16_32}},
+    {{nullptr, launch_bf16_e4m3_groups_16, launch_bf16_e4m3_groups_32},
+     {nullptr, launch_fp16_e4m3_groups_16, launch_fp16_e4m3_groups_32}},
+    {{nullptr, launch_bf16_e4m3_groups_rope16_16, launch_bf16_e4m3_groups_rope16_32},
+     {nullptr, launch_fp16_e4m3_groups_rope16_16, launch_fp16_e4m3_groups_rope16_32}},
 #endif
 };
 
@@ -88,7 +84,8 @@ cudaError_t encode_cache(CUtensorMap* map, LaunchConfig const& config, void cons
   cuuint64_t const dims[3] = {cuuint64_t(columns), cuuint64_t(p.page_size), cuuint64_t(p.num_pages)};
   // A dimension of one element may have any stride; TMA wants a plausible one.
   cuuint64_t const row_bytes = p.page_size > 1 ? cuuint64_t(row_stride) * bytes : 1024;
-  cuuint64_t const page_bytes = p.num_pages > 1 ? cuuint64_t(page_stride) * bytes : std::max<cuuint64_t>(row_bytes, 1024);
+  cuuint64_t const page_bytes =
+      p.num_pages > 1 ? cuuint64_t(page_stride) * bytes : std::max<cuuint64_t>(row_bytes, 1024);
   cuuint64_t const strides[2] = {row_bytes, page_bytes};
   cuuint32_t const box[3] = {cuuint32_t(box_cols), cuuint32_t(p.box_rows), 1}, unit[3] = {1, 1, 1};
   CUtensorMapDataType const type = bytes == 1                      ? CU_TENSOR_MAP_DATA_TYPE_UINT8

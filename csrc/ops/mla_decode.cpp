@@ -55,8 +55,8 @@ float const* scale_data(char const* name, std::optional<at::Tensor> const& t, at
   if (!t || t->numel() == 0) return nullptr;
   TORCH_CHECK(t->scalar_type() == at::kFloat && t->device() == q.device(), name, " must be float32 on ", q.device(),
               ", got ", t->scalar_type(), " on ", t->device());
-  TORCH_CHECK(t->numel() == 1 || (t->dim() == 1 && t->size(0) == batch), name, " must have 1 element or one per request (",
-              batch, "), got ", t->sizes());
+  TORCH_CHECK(t->numel() == 1 || (t->dim() == 1 && t->size(0) == batch), name,
+              " must have 1 element or one per request (", batch, "), got ", t->sizes());
   if (t->numel() > 1) *stride = t->stride(0);
   return t->const_data_ptr<float>();
 }

@@ -23,13 +23,12 @@ from typing import Any
 import pytest
 import torch
 from dispatch_fixtures import E4M3, SGL, SIGNATURES, VLLM, clean_modules, from_signature, stub, unscaled
+from operator_run import NEEDS_HOPPER
 from torch import Tensor
 
 from etap_integration import dispatch, numerics
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-FOUND = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason=f"needs a Hopper GPU, found {FOUND}")]
+pytestmark = NEEDS_HOPPER
 
 BF16, FP16, I32 = torch.bfloat16, torch.float16, torch.int32
 FA3 = "flash_attn_interface"

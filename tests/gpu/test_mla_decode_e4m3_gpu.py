@@ -6,11 +6,10 @@ As test_mla_decode_gpu.py, whose docstring applies. Slots that no kernel may use
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 
 import pytest
 import torch
+from operator_run import DRAWN, NEEDS_HOPPER, check, run
 from problems import (
     CACHE_LAYOUTS,
     HEADS,
@@ -25,49 +24,13 @@ from problems import (
     judge,
 )
 
-from etap_integration import _library, mla_decode, numerics, ops
+from etap_integration import mla_decode, numerics, ops
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-FOUND = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason=f"needs a Hopper GPU, found {FOUND}")]
-DRAWN = int(os.environ.get("ETAP_TEST_PROBLEMS", "320"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def library() -> None:
-    """A GPU runner without the library fails, and does not skip."""
-    reason = _library.load()
-    assert reason is None, reason
-
-
-@pytest.fixture(autouse=True, scope="module")
-def full_precision_references() -> Iterator[None]:
-    """No TF32 in the references."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+pytestmark = NEEDS_HOPPER
 
 
 def e4m3(**fields) -> Problem:
     return Problem(e4m3=True, **fields)
-
-
-def run(built: Built, **more) -> tuple[torch.Tensor, torch.Tensor]:
-    out = built.new_out()
-    result, lse = mla_decode(*built.args, **{**built.options, **more}, out=out, return_lse=True)
-    assert result is out
-    return out, lse
-
-
-def check(problem: Problem) -> None:
-    """Right, and the same bits twice."""
-    built = build(problem, "cuda")
-    out, lse = run(built)
-    judge(built, out, lse, gpu_p_parts(problem))
-    again, lse_again = run(built)
-    assert torch.equal(out, again), f"output differs between two calls: {problem}"
-    assert torch.equal(lse, lse_again), f"LSE differs between two calls: {problem}"
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))

@@ -8,11 +8,10 @@ skipped; with one, a library that does not load is a failure. ETAP_TEST_PROBLEMS
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 
 import pytest
 import torch
+from operator_run import DRAWN, NEEDS_HOPPER, check, run
 from problems import (
     CACHE_LAYOUTS,
     HEADS,
@@ -26,53 +25,9 @@ from problems import (
     judge,
 )
 
-from etap_integration import _library, mla_decode, ops
+from etap_integration import mla_decode, ops
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-FOUND = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason=f"needs a Hopper GPU, found {FOUND}")]
-DRAWN = int(os.environ.get("ETAP_TEST_PROBLEMS", "320"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def library() -> None:
-    """A GPU runner without the library fails, and does not skip."""
-    reason = _library.load()
-    assert reason is None, reason
-
-
-@pytest.fixture(autouse=True, scope="module")
-def full_precision_references() -> Iterator[None]:
-    """No TF32 in the references."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def poison_next_lse(built: Built) -> None:
-    """Leaves NaN in the memory that the LSE will most likely be given."""
-    q = built.args[0]
-    poison = torch.full((q.numel() // 512,), math.nan, device=q.device)
-    del poison
-
-
-def run(built: Built, **more) -> tuple[torch.Tensor, torch.Tensor]:
-    out = built.new_out()
-    poison_next_lse(built)
-    result, lse = mla_decode(*built.args, **built.options, out=out, return_lse=True, **more)
-    assert result is out
-    return out, lse
-
-
-def check(problem: Problem) -> None:
-    """Right, and the same bits twice."""
-    built = build(problem, "cuda")
-    out, lse = run(built)
-    judge(built, out, lse, gpu_p_parts(problem))
-    again, lse_again = run(built)
-    assert torch.equal(out, again), f"output differs between two calls: {problem}"
-    assert torch.equal(lse, lse_again), f"LSE differs between two calls: {problem}"
+pytestmark = NEEDS_HOPPER
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))

@@ -221,7 +221,7 @@ def show_trace(
     kv_len: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; default 512, 4096, 65536.")] = None,
     heads: Annotated[int, typer.Option(min=1)] = 16,
     page_size: Annotated[int, typer.Option(min=1)] = 64,
-    kv_dtype: Annotated[str, typer.Option(help="bf16, fp16 or e4m3.")] = "bf16",
+    kv_dtype: Annotated[str, typer.Option(help="bf16, fp16, e4m3 or fp8_ds_mla.")] = "bf16",
     num_ctas: Annotated[int, typer.Option(help="CTAs of our kernel; 0: all SMs.")] = 0,
 ) -> None:
     """Print when the CTAs of a launch come to its stages, L2 cold: what a short launch waits for."""

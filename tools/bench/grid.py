@@ -2,7 +2,8 @@
 
 A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide
 comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own), `e4m3` an e4m3
-cache beside a bf16 one. Cells come in the order of what they matter: a run whose time is used up leaves out the last.
+cache beside a bf16 one, `fp8_ds_mla` tokens of 656 bytes beside an e4m3 cache. Cells come in the order of what they
+matter: a run whose time is used up leaves out the last.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from .problem import Problem
+from .problem import FP8_DS_MLA, Problem
 
 K = 1024
 MAX_ROWS = 64
@@ -94,7 +95,17 @@ def _e4m3() -> Grid:
     return Grid("e4m3", tuple(cells))
 
 
-GRIDS: dict[str, Callable[[], Grid]] = {"bars": _bars, "full": _full, "h20": _h20, "e4m3": _e4m3}
+def _fp8_ds_mla() -> Grid:
+    """A cache in tokens of 656 bytes, which no upstream here takes, and an e4m3 cache of the same length after it."""
+    problems = [Problem(16, kv_len, heads) for heads in (16, 32, 8) for kv_len in (2 * K, 4 * K, 16 * K, 64 * K)]
+    problems += [Problem(128, 2 * K, page_size=1), Problem(1, 32 * K), Problem(128, 8 * K)]
+    cells = (Cell(replace(p, kv_dtype=kv_dtype)) for p in problems for kv_dtype in (FP8_DS_MLA, "e4m3"))
+    return Grid("fp8_ds_mla", tuple(cells))
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    "bars": _bars, "full": _full, "h20": _h20, "e4m3": _e4m3, "fp8_ds_mla": _fp8_ds_mla
+}  # fmt: skip
 
 
 def named(name: str) -> Grid:

@@ -16,7 +16,13 @@ DIM_ROPE = 64
 DIM_QK = DIM_LATENT + DIM_ROPE
 
 KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8_e4m3fn}
-_ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "e4m3": 1}
+"""Caches whose elements are all of one type."""
+
+FP8_DS_MLA = "fp8_ds_mla"
+"""A token of 656 bytes, as vLLM and FlashMLA have it: 512 e4m3, a float32 scale for each 128 of them, 64 bf16."""
+
+TOKEN_BYTES = {name: DIM_QK * dtype.itemsize for name, dtype in KV_DTYPES.items()} | {FP8_DS_MLA: 656}
+SCALE_GROUP = 128  # latent columns that share a scale
 
 
 @dataclass(frozen=True, order=True)
@@ -29,7 +35,7 @@ class Problem:
         heads: query heads; all share the one latent KV head.
         q_len: query tokens per request; above 1 the mask is causal, aligned to the end of the cache.
         page_size: tokens per cache page; pages are scattered over the cache in random order.
-        kv_dtype: `bf16`, `fp16` or `e4m3` (queries stay 16-bit, bf16 beside an e4m3 cache).
+        kv_dtype: `bf16`, `fp16`, `e4m3` or `fp8_ds_mla` (queries stay 16-bit, bf16 beside the last two).
         seed: seed of the random values and of the page order.
     """
 
@@ -45,8 +51,8 @@ class Problem:
         for name in ("batch", "kv_len", "heads", "q_len", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        if self.kv_dtype not in TOKEN_BYTES:
+            raise ValueError(f"kv_dtype must be one of {', '.join(TOKEN_BYTES)}, got {self.kv_dtype!r}")
 
     @property
     def rows(self) -> int:
@@ -76,12 +82,12 @@ class Problem:
     @property
     def kv_bytes(self) -> int:
         """Bytes of cache that any kernel has to read at least once."""
-        return self.batch * self.kv_len * DIM_QK * _ELEMENT_BYTES[self.kv_dtype]
+        return self.batch * self.kv_len * TOKEN_BYTES[self.kv_dtype]
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of device memory that the tensors take: the cache twice (fused and split), and the page table."""
-        cache = self.cache_tokens * DIM_QK * _ELEMENT_BYTES[self.kv_dtype]
+        cache = self.cache_tokens * TOKEN_BYTES[self.kv_dtype]
         return 2 * cache + 4 * self.batch * self.pages_per_request
 
     @property
@@ -98,9 +104,12 @@ class KvPool:
 
     Args:
         tokens: token rows to hold.
-        kv_dtype: element type, see `Problem.kv_dtype`.
+        kv_dtype: type of the cache, see `Problem.kv_dtype`.
         device: torch device.
         seed: seed of the values.
+
+    Attributes:
+        rows: uint8 (tokens, bytes), see `columns`.
     """
 
     _CHUNK = 1 << 20
@@ -108,15 +117,41 @@ class KvPool:
     def __init__(self, tokens: int, kv_dtype: str, device: str = "cuda", seed: int = 0) -> None:
         self.tokens, self.kv_dtype = tokens, kv_dtype
         generator = torch.Generator(device).manual_seed(seed)
-        self.fused = torch.empty(tokens, DIM_QK, dtype=KV_DTYPES[kv_dtype], device=device)
+        self.rows = torch.empty(tokens, TOKEN_BYTES[kv_dtype], dtype=torch.uint8, device=device)
         for start in range(0, tokens, self._CHUNK):
-            rows = self.fused[start : start + self._CHUNK]
-            rows.copy_(torch.randn(rows.shape, device=device, generator=generator))
+            latent, rope, scales = columns(self.rows[start : start + self._CHUNK], kv_dtype)
+            values = torch.randn(latent.shape[0], DIM_QK, device=device, generator=generator)
+            latent.copy_(values[:, :DIM_LATENT])
+            rope.copy_(values[:, DIM_LATENT:])
+            if scales is not None:
+                scales.uniform_(0.5, 1.5, generator=generator)
 
     @cached_property
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same rows as two contiguous tensors: latent (tokens, 512) and rope (tokens, 64)."""
-        return self.fused[:, :DIM_LATENT].contiguous(), self.fused[:, DIM_LATENT:].contiguous()
+        latent, rope, _ = columns(self.rows, self.kv_dtype)
+        return latent.contiguous(), rope.contiguous()
+
+    def widened(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The values of some tokens (any shape of indices) in fp64, (..., 576)."""
+        latent, rope, scales = columns(self.rows[tokens], self.kv_dtype)
+        wide = latent.double()
+        if scales is not None:
+            wide = (wide.unflatten(-1, (-1, SCALE_GROUP)) * scales.double().unsqueeze(-1)).flatten(-2)
+        return torch.cat([wide, rope.double()], -1)
+
+
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def columns(rows: torch.Tensor, kv_dtype: str) -> Columns:
+    """Rows of bytes (..., bytes) as what they hold: latent (..., 512), rope (..., 64), and where there are some scales
+    (..., 4)."""
+    if kv_dtype == FP8_DS_MLA:
+        latent, scales, rope = rows.split([DIM_LATENT, 4 * DIM_LATENT // SCALE_GROUP, 2 * DIM_ROPE], -1)
+        return latent.view(torch.float8_e4m3fn), rope.view(torch.bfloat16), scales.view(torch.float32)
+    latent, rope = rows.view(KV_DTYPES[kv_dtype]).split([DIM_LATENT, DIM_ROPE], -1)
+    return latent, rope, None
 
 
 class Inputs:
@@ -132,7 +167,7 @@ class Inputs:
         if pool.kv_dtype != problem.kv_dtype or pool.tokens < problem.cache_tokens:
             raise ValueError(f"a pool of {pool.tokens} {pool.kv_dtype} tokens does not serve {problem}")
         self.problem, self.pool = problem, pool
-        device = pool.fused.device
+        device = pool.rows.device
         generator = torch.Generator(device).manual_seed(problem.seed + 1)
         dtype = torch.float16 if problem.kv_dtype == "fp16" else torch.bfloat16
         shape = (problem.batch, problem.q_len, problem.heads)
@@ -147,14 +182,14 @@ class Inputs:
         return rows[: self.problem.cache_tokens].unflatten(0, (-1, self.problem.page_size))
 
     @property
-    def fused_caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latent (pages, page_size, 512) and rope (pages, page_size, 64) as views of one 576-wide buffer."""
-        cache = self._paged(self.pool.fused)
-        return cache[..., :DIM_LATENT], cache[..., DIM_LATENT:]
+    def fused_caches(self) -> Columns:
+        """Latent (pages, page_size, 512), rope (pages, page_size, 64) and scales (pages, page_size, 4) or None, as
+        views of one buffer."""
+        return columns(self._paged(self.pool.rows), self.problem.kv_dtype)
 
     @property
     def split_caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same values as two contiguous tensors."""
+        """Latent and rope as two contiguous tensors."""
         latent, rope = self.pool.split
         return self._paged(latent), self._paged(rope)
 
@@ -170,13 +205,12 @@ class Inputs:
     def _reference_chunks(self, chunk_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         p = self.problem
         requests = max(1, chunk_bytes // (8 * DIM_QK * p.pages_per_request * p.page_size))
-        cache = self._paged(self.pool.fused)
-        if p.kv_dtype == "e4m3":
-            cache = cache.view(torch.uint8)  # float8 tensors cannot be gathered
         queries = torch.cat([self.q_nope, self.q_rope], -1)
+        of_page = torch.arange(p.page_size, device=queries.device)
         for start in range(0, p.batch, requests):
             part = slice(start, start + requests)
-            kv = cache[self.page_table[part].long()].flatten(1, 2)[:, : p.kv_len].view(self.pool.fused.dtype).double()
+            slots = self.page_table[part].long()[..., None] * p.page_size + of_page
+            kv = self.pool.widened(slots.flatten(1)[:, : p.kv_len])
             logits = queries[part].double().flatten(1, 2) @ kv.transpose(1, 2) * p.softmax_scale
             logits = logits.unflatten(1, (p.q_len, p.heads))
             if p.causal:

@@ -99,7 +99,7 @@ class Floor(Provider):
         self._ctas = target.sms
 
     def prepare(self, inputs: Inputs) -> Callable[[], Result | None]:
-        source, size = _pointer(inputs.pool.fused), ctypes.c_size_t(inputs.problem.kv_bytes)
+        source, size = _pointer(inputs.pool.rows), ctypes.c_size_t(inputs.problem.kv_bytes)
 
         def call(keep: object = inputs) -> None:
             _check(self._library.mb_rdbulk(source, size, self._ctas, self._STAGES, _stream()), "mb_rdbulk")
@@ -244,7 +244,9 @@ class Etap(Provider):
     def prepare(self, inputs: Inputs) -> Callable[[], Result | None]:
         p = inputs.problem
         p_parts = self._p_parts or (1 if self._emulated else AUTO)
-        latent, rope = inputs.split_caches if self._split else inputs.fused_caches
+        latent, rope, scales = inputs.fused_caches
+        if self._split:
+            latent, rope = inputs.split_caches
         out = torch.empty(p.batch, p.q_len, p.heads, DIM_LATENT, dtype=inputs.q_nope.dtype, device=latent.device)
         lse = torch.empty(p.batch, p.heads, p.q_len, dtype=torch.float32, device=latent.device)
         result = out, lse
@@ -255,7 +257,7 @@ class Etap(Provider):
         decode = torch.ops.etap.mla_decode.default
 
         def call() -> Result:
-            decode(*arguments)
+            decode(*arguments, ckv_scale_arr=scales)
             return result
 
         return call

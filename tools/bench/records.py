@@ -90,7 +90,7 @@ class Row:
                 raise RecordError(f"{name} is {value!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
         for name, known in (
             ("impl", IMPLEMENTATIONS),
-            ("kv_dtype", ("bf16", "fp16", "e4m3")),
+            ("kv_dtype", ("bf16", "fp16", "e4m3", "fp8_ds_mla")),
             ("mode", ("eager", "graph")),
             ("emulated", (None, "h20")),
         ):

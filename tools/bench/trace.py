@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .problem import Inputs, Problem
+from .problem import FP8_DS_MLA, Inputs, Problem
 from .providers import Etap
 
 EVENTS = (
@@ -44,10 +44,11 @@ class Line:
 
 def symbol(problem: Problem) -> str:
     """The function of the library that gives the entries of the kernel that runs `problem`."""
-    e4m3 = problem.kv_dtype == "e4m3"
-    tiles = ROW_TILES[:3] if e4m3 else ROW_TILES
+    name, tiles = {
+        "e4m3": ("bf16_e4m3", ROW_TILES[:3]), FP8_DS_MLA: ("bf16_e4m3_groups_rope16", ROW_TILES[1:3])
+    }.get(problem.kv_dtype, (problem.kv_dtype, ROW_TILES))  # fmt: skip
     rows = next((tile for tile in tiles if tile >= problem.rows), tiles[-1])
-    return f"etap_trace_{'bf16_e4m3' if e4m3 else problem.kv_dtype}_{rows}"
+    return f"etap_trace_{name}_{rows}"
 
 
 def times_us(entries: Entries) -> list[list[float | None]]:

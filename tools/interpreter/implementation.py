@@ -48,7 +48,7 @@ class Interpreted:
         e4m3 = ckv.dtype == torch.float8_e4m3fn
         rope16 = e4m3 and kpe.dtype != torch.float8_e4m3fn
         cache_format = 3 if rope16 else 2 if ckv_scale_arr is not None else int(e4m3)  # CacheFormat
-        row_tile = self.module.row_tile_for(q_len * heads, e4m3)
+        row_tile = self.module.row_tile_for(q_len * heads, cache_format)
         ctas = min(num_ctas or self.sms, self.sms)
         parts = p_parts or self.module.default_p_parts(cache_format, row_tile, self.sms)
         fields: dict[str, Any] = {

@@ -270,8 +270,9 @@ void replace_module(size_t index, std::string const& text) {
 PYBIND11_MODULE(_interpreter, m) {
   m.doc() = "Runs the compiled ETAP kernels' PTX on the CPU.";
   m.def("mla_decode", &run_mla_decode);
-  auto const format = [](bool e4m3) { return e4m3 ? etap::CacheFormat::kE4m3 : etap::CacheFormat::kQueryType; };
-  m.def("row_tile_for", [=](int64_t rows, bool e4m3) { return etap::row_tile_for(rows, format(e4m3)); });
+  m.def("row_tile_for", [](int64_t rows, int cache) {
+    return etap::row_tile_for(rows, static_cast<etap::CacheFormat>(cache));
+  });
   m.def("workspace_bytes", &etap::workspace_bytes);
   m.def("header_bytes", [] { return etap::kWorkspaceHeaderBytes; });
   m.def("default_p_parts", [](int cache, int row_tile, int sms) {
