@@ -104,6 +104,21 @@ def test_quantities_and_their_bounds():
     assert not at_least.reached(5.9, at_least.limit)
 
 
+def test_ragged_grid_draws_lengths_for_every_batch():
+    problems = [cell.problem for cell in grid.named("ragged").cells]
+    assert len(set(problems)) == len(problems)
+    for p in problems:
+        assert p.shortest * 8 == p.kv_len
+        assert len(set(p.lengths.tolist())) > p.batch // 2, "lengths differ"
+
+
+def test_tokens_of_656_bytes_have_an_e4m3_cell_each():
+    cells = [cell.problem for cell in grid.named("fp8_ds_mla").cells]
+    tokens = [p for p in cells if p.kv_dtype == "fp8_ds_mla"]
+    assert [replace(p, kv_dtype="e4m3") for p in tokens] == [p for p in cells if p.kv_dtype == "e4m3"]
+    assert {p.heads for p in tokens} == {8, 16, 32}
+
+
 def test_e4m3_grid_has_a_bf16_cell_for_each():
     cells = grid.named("e4m3").cells
     e4m3 = [cell.problem for cell in cells if cell.problem.kv_dtype == "e4m3"]

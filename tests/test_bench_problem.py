@@ -100,6 +100,33 @@ def test_tokens_of_656_bytes_hold_scales_between_latent_and_rope():
         assert result.isfinite().all()
 
 
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_drawn_lengths(q_len):
+    p = Problem(5, 200, heads=4, q_len=q_len, shortest=25)
+    lengths = p.lengths.tolist()
+    assert min(lengths) >= 25 and max(lengths) <= 200 and len(set(lengths)) > 1
+    assert p.kv_bytes == sum(lengths) * 1152
+    inputs = _inputs(p)
+    assert inputs.cache_seqlens.tolist() == lengths
+    out, lse = inputs.reference(1)
+    for i, length in enumerate(lengths):
+        pages = inputs.page_indices[inputs.page_indptr[i] : inputs.page_indptr[i + 1]]
+        assert pages.numel() == -(-length // 64)
+        kv = inputs.pool.widened((pages[:, None] * 64 + torch.arange(64)).flatten()[:length])
+        q = torch.cat([inputs.q_nope[i], inputs.q_rope[i]], -1).double().transpose(0, 1)
+        keep = torch.ones(q_len, length, dtype=torch.bool).tril(length - q_len)
+        logits = (q @ kv.T * p.softmax_scale).masked_fill(~keep, float("-inf"))
+        torch.testing.assert_close(lse[i], logits.logsumexp(-1))
+        torch.testing.assert_close(out[i].transpose(0, 1), logits.softmax(-1) @ kv[:, :DIM_LATENT])
+
+
+def test_lengths_that_cannot_be_drawn_are_refused():
+    with pytest.raises(ValueError, match="shortest must be 0 or from q_len 2 to 64, got 65"):
+        Problem(1, 64, q_len=2, shortest=65)
+    with pytest.raises(ValueError, match="got 1"):
+        Problem(1, 64, q_len=2, shortest=1)
+
+
 def test_the_same_seed_draws_the_same_inputs():
     a, b = (_inputs(Problem(2, 64, seed=5)) for _ in range(2))
     assert torch.equal(a.q_nope, b.q_nope)

@@ -22,7 +22,7 @@ from .emulation import etap_library
 from .records import ROOT
 
 SUITES = ("mla_decode", "mla_decode_e4m3", "fa3", "flashinfer")
-GRIDS = ("bars", "full", "h20", "e4m3", "fp8_ds_mla")
+GRIDS = ("bars", "full", "h20", "e4m3", "fp8_ds_mla", "ragged")
 SHARE = 0.5
 STARTUP_S = 25.0  # of a grid's process, until its own clock runs, and of its last cell
 LEAST_S = 30.0

@@ -2,8 +2,8 @@
 
 A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide
 comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own), `e4m3` an e4m3
-cache beside a bf16 one, `fp8_ds_mla` tokens of 656 bytes beside an e4m3 cache. Cells come in the order of what they
-matter: a run whose time is used up leaves out the last.
+cache beside a bf16 one, `fp8_ds_mla` tokens of 656 bytes beside an e4m3 cache, `ragged` batches of drawn lengths. Cells
+come in the order of what they matter: a run whose time is used up leaves out the last.
 """
 
 from __future__ import annotations
@@ -103,8 +103,20 @@ def _fp8_ds_mla() -> Grid:
     return Grid("fp8_ds_mla", tuple(cells))
 
 
+def _ragged() -> Grid:
+    """Batches as a server has them: lengths from an eighth of the longest on, and batches that no SM count divides."""
+    problems = [
+        Problem(batch, longest, heads, shortest=longest // 8)
+        for heads in (16, 32)
+        for longest in (2 * K, 8 * K, 32 * K)
+        for batch in (8, 24, 48, 80, 128, 200)
+    ]
+    return Grid("ragged", tuple(map(Cell, problems)))
+
+
 GRIDS: dict[str, Callable[[], Grid]] = {
-    "bars": _bars, "full": _full, "h20": _h20, "e4m3": _e4m3, "fp8_ds_mla": _fp8_ds_mla
+    "bars": _bars, "full": _full, "h20": _h20, "e4m3": _e4m3, "fp8_ds_mla": _fp8_ds_mla,
+    "ragged": _ragged,
 }  # fmt: skip
 
 

@@ -27,16 +27,17 @@ SCALE_GROUP = 128  # latent columns that share a scale
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One decode step: `batch` requests of `q_len` new tokens each, over `kv_len` cached tokens each.
+    """One decode step: `batch` requests of `q_len` new tokens each, over `kv_len` cached tokens each, or fewer.
 
     Attributes:
         batch: number of requests.
-        kv_len: cached tokens of every request, the new ones included.
+        kv_len: cached tokens of every request, the new ones included; of the longest, where they are drawn.
         heads: query heads; all share the one latent KV head.
         q_len: query tokens per request; above 1 the mask is causal, aligned to the end of the cache.
         page_size: tokens per cache page; pages are scattered over the cache in random order.
         kv_dtype: `bf16`, `fp16`, `e4m3` or `fp8_ds_mla` (queries stay 16-bit, bf16 beside the last two).
-        seed: seed of the random values and of the page order.
+        seed: seed of the random values, of the page order and of drawn lengths.
+        shortest: 0, or least of the cached tokens that requests have: `lengths` are drawn from here to `kv_len`.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Problem:
     page_size: int = 64
     kv_dtype: str = "bf16"
     seed: int = 0
+    shortest: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch", "kv_len", "heads", "q_len", "page_size"):
@@ -53,6 +55,8 @@ class Problem:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.kv_dtype not in TOKEN_BYTES:
             raise ValueError(f"kv_dtype must be one of {', '.join(TOKEN_BYTES)}, got {self.kv_dtype!r}")
+        if self.shortest and not self.q_len <= self.shortest <= self.kv_len:
+            raise ValueError(f"shortest must be 0 or from q_len {self.q_len} to {self.kv_len}, got {self.shortest}")
 
     @property
     def rows(self) -> int:
@@ -69,9 +73,21 @@ class Problem:
         """Factor of the logits before the softmax."""
         return DIM_QK**-0.5
 
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Cached tokens of each request, int32 (batch,) on the host: evenly distributed where they are drawn."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        first = self.shortest or self.kv_len
+        return torch.randint(first, self.kv_len + 1, (self.batch,), generator=generator, dtype=torch.int32)
+
+    @cached_property
+    def cached_tokens(self) -> int:
+        """Cached tokens of all requests."""
+        return int(self.lengths.sum())
+
     @property
     def pages_per_request(self) -> int:
-        """Pages that hold one request's cached tokens, the last one possibly in part."""
+        """Pages that hold the longest request's cached tokens, the last one possibly in part."""
         return -(-self.kv_len // self.page_size)
 
     @property
@@ -82,7 +98,7 @@ class Problem:
     @property
     def kv_bytes(self) -> int:
         """Bytes of cache that any kernel has to read at least once."""
-        return self.batch * self.kv_len * TOKEN_BYTES[self.kv_dtype]
+        return self.cached_tokens * TOKEN_BYTES[self.kv_dtype]
 
     @property
     def memory_bytes(self) -> int:
@@ -93,10 +109,11 @@ class Problem:
     @property
     def flops(self) -> int:
         """Useful floating-point operations of both matrix products, masked positions counted too."""
-        return 2 * self.batch * self.rows * self.kv_len * (DIM_QK + DIM_LATENT)
+        return 2 * self.rows * self.cached_tokens * (DIM_QK + DIM_LATENT)
 
     def __str__(self) -> str:
-        return f"b={self.batch} kv={self.kv_len} h={self.heads} sq={self.q_len} page={self.page_size} {self.kv_dtype}"
+        lengths = f"{self.shortest}..{self.kv_len}" if self.shortest else f"{self.kv_len}"
+        return f"b={self.batch} kv={lengths} h={self.heads} sq={self.q_len} page={self.page_size} {self.kv_dtype}"
 
 
 class KvPool:
@@ -161,6 +178,8 @@ class Inputs:
         q_nope, q_rope: queries, (batch, q_len, heads, 512) and (batch, q_len, heads, 64).
         page_table: int32 (batch, pages_per_request), a permutation of all pages.
         cache_seqlens: int32 (batch,), cached tokens of each request.
+        page_indptr: int32 (batch + 1,) on the host, where each request's pages begin in `page_indices`.
+        page_indices: int32, the pages in use, request by request.
     """
 
     def __init__(self, problem: Problem, pool: KvPool) -> None:
@@ -176,7 +195,11 @@ class Inputs:
         pages = problem.batch * problem.pages_per_request
         order = torch.randperm(pages, device=device, generator=generator, dtype=torch.int32)
         self.page_table = order.view(problem.batch, problem.pages_per_request)
-        self.cache_seqlens = torch.full((problem.batch,), problem.kv_len, dtype=torch.int32, device=device)
+        self.cache_seqlens = problem.lengths.to(device)
+        counts = (problem.lengths + problem.page_size - 1) // problem.page_size
+        self.page_indptr = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        used = torch.arange(problem.pages_per_request) < counts[:, None]
+        self.page_indices = self.page_table[used.to(device)]
 
     def _paged(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[: self.problem.cache_tokens].unflatten(0, (-1, self.problem.page_size))
@@ -213,9 +236,10 @@ class Inputs:
             kv = self.pool.widened(slots.flatten(1)[:, : p.kv_len])
             logits = queries[part].double().flatten(1, 2) @ kv.transpose(1, 2) * p.softmax_scale
             logits = logits.unflatten(1, (p.q_len, p.heads))
-            if p.causal:
-                keep = torch.ones(p.q_len, p.kv_len, dtype=torch.bool, device=kv.device).tril(p.kv_len - p.q_len)
-                logits = logits.masked_fill(~keep[:, None], float("-inf"))
+            token = torch.arange(p.q_len, device=kv.device)  # sees the cache up to itself, aligned at the end
+            limits = self.cache_seqlens[part, None] - (p.q_len - 1 - token if p.causal else 0 * token)
+            keep = torch.arange(p.kv_len, device=kv.device) < limits[..., None]
+            logits = logits.masked_fill(~keep[:, :, None], float("-inf"))
             lse = logits.logsumexp(-1)
             weights = (logits - lse[..., None]).exp()
             out = (weights.flatten(1, 2) @ kv[..., :DIM_LATENT]).unflatten(1, (p.q_len, p.heads))

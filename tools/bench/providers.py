@@ -180,16 +180,16 @@ class FlashInfer(Provider):
             self._libraries[kind] = _load(self._rivals / library_name(kind, self._target.emulated))
         return self._libraries[kind]
 
-    def _plan(self, library: ctypes.CDLL, p: Problem) -> None:
+    def _plan(self, library: ctypes.CDLL, inputs: Inputs) -> None:
         """Plans the work split; a library holds one plan, so each problem is planned right before its calls."""
+        p = inputs.problem
         tokens = torch.arange(p.batch + 1, dtype=torch.int32) * p.q_len
-        pages = torch.arange(p.batch + 1, dtype=torch.int32) * p.pages_per_request
-        lengths = torch.full((p.batch,), p.kv_len, dtype=torch.int32)
         torch.cuda.synchronize()  # the workspaces may still be read
         code = library.fi_plan(
             _pointer(self._float_workspace), ctypes.c_size_t(self._FLOAT_BYTES),
             _pointer(self._int_workspace), _pointer(self._host_workspace), ctypes.c_size_t(self._INT_BYTES),
-            _pointer(tokens), _pointer(pages), _pointer(lengths), p.batch, p.heads, int(p.causal), _stream(),
+            _pointer(tokens), _pointer(inputs.page_indptr), _pointer(p.lengths), p.batch, p.heads, int(p.causal),
+            _stream(),
         )  # fmt: skip
         _check(code, "FlashInfer's plan")
         torch.cuda.synchronize()
@@ -197,9 +197,9 @@ class FlashInfer(Provider):
     def prepare(self, inputs: Inputs) -> Callable[[], Result | None]:
         p = inputs.problem
         library = self._library(p.kv_dtype)
-        self._plan(library, p)
+        self._plan(library, inputs)
         latent, rope = inputs.split_caches
-        indices = inputs.page_table.flatten()
+        indices = inputs.page_indices
         out = torch.empty_like(inputs.q_nope)
         lse = torch.empty(p.batch, p.q_len, p.heads, dtype=torch.float32, device=out.device)
         result = out, lse.transpose(1, 2)

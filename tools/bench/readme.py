@@ -60,7 +60,7 @@ def _table(cells: Sequence[CellResult], *, batch: bool = False) -> str:
     body = []
     for cell in cells:
         line = [f"{cell.any.batch}"] if batch else []
-        line += [f"{cell.any.kv_len:,}", report._time(cell, "floor"), *(report._time(cell, impl) for impl in impls)]
+        line += [report.kv_length(cell.any), report._time(cell, "floor"), *(report._time(cell, impl) for impl in impls)]
         line += ["–" if (s := cell.speedup(impl)) is None else f"{s:.2f}" for impl in ours]
         body.append(line)
     return report.table(header, body)
@@ -122,6 +122,17 @@ def fp8_section(sources: str | None) -> str:
     return NOT_RECORDED
 
 
+def ragged_section(sources: str | None) -> str:
+    """The README's batches of drawn lengths, µs."""
+    rows = latest("ragged")
+    if not rows:
+        return NOT_RECORDED
+    parts = [conditions(rows, sources)]
+    for heads in sorted({row.heads for row in rows}):
+        parts += [f"{heads} heads:", _table(_selected(rows, heads=heads), batch=True)]
+    return "\n\n".join([*parts, *_summary(rows, "etap")])
+
+
 def emulated_section(sources: str | None) -> str:
     """The README's emulated H20 beside the published one."""
     rows = latest("h20")
@@ -132,6 +143,7 @@ def emulated_section(sources: str | None) -> str:
 SECTIONS: dict[str, Callable[[str | None], str]] = {
     "results": results_section,
     "patched": patched_section,
+    "ragged": ragged_section,
     "fp8": fp8_section,
     "emulated-h20": emulated_section,
 }

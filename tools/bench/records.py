@@ -42,7 +42,7 @@ class Row:
 
     Attributes:
         impl: implementation, one of `IMPLEMENTATIONS`.
-        kv_dtype, batch, kv_len, heads, q_len, page_size: the problem, see `tools.bench.problem.Problem`.
+        kv_dtype, batch, kv_len, heads, q_len, page_size, shortest: the problem, see `tools.bench.problem.Problem`.
         mode: `eager` or `graph`.
         emulated: null, or `h20` for throttled builds on 78 SMs.
         median_us, p20_us, p80_us: quantiles of the samples.
@@ -82,6 +82,7 @@ class Row:
     lse_rmse: float | None = None
     lse_max_error: float | None = None
     label: str | None = None
+    shortest: int = 0
 
     def __post_init__(self) -> None:
         for name, kinds in _field_types().items():
@@ -104,7 +105,7 @@ class Row:
         """What two rows must share to be compared: everything of the problem, the mode and the emulation."""
         return (
             self.emulated or "", self.kv_dtype, self.mode, self.page_size, self.batch, self.heads, self.q_len,
-            self.kv_len,
+            self.kv_len, self.shortest,
         )  # fmt: skip
 
     def to_json(self) -> str:

@@ -18,6 +18,11 @@ RIVALS = ("fa3", "flashinfer")
 OURS = ("etap", "fa3-etap", "flashinfer-etap")
 
 
+def kv_length(row: Row) -> str:
+    """The cached tokens of a row's requests, as tables have them."""
+    return f"{row.shortest:,} to {row.kv_len:,}" if row.shortest else f"{row.kv_len:,}"
+
+
 class CellResult:
     """All rows of one cell in one run, by implementation; of repeated measurements the last counts."""
 
@@ -43,7 +48,7 @@ class CellResult:
         r = self.any
         where = f", emulated {r.emulated}" if r.emulated else ""
         return (
-            f"batch {r.batch}, KV length {r.kv_len}, {r.heads} heads, q_len {r.q_len}, page {r.page_size}, "
+            f"batch {r.batch}, KV length {kv_length(r)}, {r.heads} heads, q_len {r.q_len}, page {r.page_size}, "
             f"{r.kv_dtype}, {r.mode}{where}"
         )
 
@@ -116,7 +121,7 @@ def _times(cells: Sequence[CellResult]) -> Iterator[str]:
 
     def line(cell: CellResult) -> list[str]:
         r = cell.any
-        parts = [f"{r.batch}", f"{r.heads}", f"{r.q_len}", f"{r.kv_len:,}", _time(cell, "floor")]
+        parts = [f"{r.batch}", f"{r.heads}", f"{r.q_len}", kv_length(r), _time(cell, "floor")]
         parts += [_time(cell, impl) for impl in rivals]
         for impl in ours:
             speedup = cell.speedup(impl)
@@ -152,7 +157,7 @@ def _bars(cells: Sequence[CellResult], impl: str) -> Iterator[str]:
     body = []
     for bar in BARS:
         p = bar.problem
-        key = (bar.emulated or "", p.kv_dtype, bar.mode, p.page_size, p.batch, p.heads, p.q_len, p.kv_len)
+        key = (bar.emulated or "", p.kv_dtype, bar.mode, p.page_size, p.batch, p.heads, p.q_len, p.kv_len, p.shortest)
         cell = by_cell.get(key)
         value = bar.quantity.of(cell.median_us, impl) if cell else None
         if cell is None or value is None:

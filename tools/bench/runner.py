@@ -207,6 +207,7 @@ class _CellRun:
                 heads=p.heads,
                 q_len=p.q_len,
                 page_size=p.page_size,
+                shortest=p.shortest,
                 mode=self.cell.mode,
                 emulated=emulated,
                 median_us=round(sample.median_us, 3),

@@ -44,15 +44,15 @@ class FlashInferWrapper(Provider):
     def unsupported(self, problem: Problem) -> str | None:
         return None if problem.kv_dtype in ("bf16", "fp16") else f"takes 16-bit caches, not {problem.kv_dtype}"
 
-    def _plan(self, p: Problem, indices: torch.Tensor, dtype: torch.dtype) -> Any:
-        counts = torch.arange(p.batch + 1, dtype=torch.int32)
-        lengths = torch.full((p.batch,), p.kv_len, dtype=torch.int32)
+    def _plan(self, inputs: Inputs) -> Any:
+        p, dtype = inputs.problem, inputs.q_nope.dtype
+        tokens = torch.arange(p.batch + 1, dtype=torch.int32) * p.q_len
         (activation.activate if self._patched else activation.deactivate)()
         wrapper = self._wrapper_class(self._workspace, backend="fa3")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the flat form is what every release has
             wrapper.plan(
-                counts * p.q_len, counts * p.pages_per_request, indices, lengths, p.heads, DIM_LATENT, DIM_ROPE,
+                tokens, inputs.page_indptr, inputs.page_indices, p.lengths, p.heads, DIM_LATENT, DIM_ROPE,
                 p.page_size, p.causal, p.softmax_scale, dtype, dtype,
             )  # fmt: skip
         return wrapper
@@ -60,9 +60,8 @@ class FlashInferWrapper(Provider):
     def prepare(self, inputs: Inputs) -> Callable[[], Result | None]:
         p = inputs.problem
         latent, rope = inputs.split_caches
-        indices = inputs.page_table.flatten()
         q_nope, q_rope = inputs.q_nope.flatten(0, 1), inputs.q_rope.flatten(0, 1)
-        wrapper = self._plan(p, indices, q_nope.dtype)
+        wrapper = self._plan(inputs)
         out = torch.empty_like(q_nope)
         lse = torch.empty(q_nope.shape[:2], dtype=torch.float32, device=out.device)
         result = out.unflatten(0, (p.batch, p.q_len)), lse.unflatten(0, (p.batch, p.q_len)).transpose(1, 2)
