@@ -171,20 +171,12 @@ template <class Cfg>
 ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                              SharedStorage<Cfg>& smem, int warp, int lane) {
   KeyPlace first{0, 0};
-  bool const rehearsal = warp == 2, done = rehearsal && p.box_rows;  // beside TMA, this is all that warp 2 does
-  if (done) {
-    NamedBarrier::arrive(128, kBarrierInit);
-    NamedBarrier::arrive(kThreads, kBarrierStart);
-  }
-  if (warp == 0 || rehearsal) {
-    plan_launch<Cfg>(p, smem.control, lane, rehearsal, [&](Piece const& piece, int len) {
+  if (warp == 0) {
+    plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
       if (p.box_rows) {
         first = BoxLane(p, lane).look_up(p, piece.request, page_row(p, piece.request), len, piece.begin);
       }
     });
-    if (done) return first;
-  }
-  if (warp == 0) {
     __syncwarp();
     trace(kPlanned, lane == 0);
     NamedBarrier::arrive(kThreads, kBarrierStart);

@@ -99,15 +99,10 @@ constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 
 // Makes the plan and this CTA's first piece, if it has one. found(piece, keys of its request) is called by all lanes,
 // before the piece is written for the CTA's other warps.
-//
-// Its instructions come from memory, as the lengths do, but later: behind the keys that all CTAs ask for meanwhile
-// (prefetch_tile). So they are brought by executing them, for made-up lengths and to no effect, while the lengths are on
-// their way: by another warp (`rehearsal`), and where they are few by this one as well. Measured: 2 to 9% of launches of
-// 12 to 50 us.
 template <class Cfg, class Found>
-ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, bool rehearsal, Found&& found) {
+ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, Found&& found) {
   bool const owned = p.batch <= kMostOwned;
-  int const cta = blockIdx.x, each = owned ? (p.batch + 31) / 32 : 0, first = lane * each;
+  int const each = owned ? (p.batch + 31) / 32 : 0, first = lane * each;
   int own_len[kOwnRequests], own_query[kOwnRequests];
   auto const ask = [&](int i) {
     own_len[i] = own_query[i] = 0;
@@ -117,93 +112,71 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     }
   };
   // What is about a lane's second request and the next is passed over in one step where there are none.
-  if (!rehearsal) {
-    ask(0);
-    if (each > 1) {
+  ask(0);
+  if (each > 1) {
 #pragma unroll
-      for (int i = 1; i < kOwnRequests; ++i) ask(i);
-    }
+    for (int i = 1; i < kOwnRequests; ++i) ask(i);
   }
-  int len[kOwnRequests], query[kOwnRequests];
-#pragma unroll
-  for (int i = 0; i < kOwnRequests; ++i) {
-    len[i] = min(p.capacity, 1 << 20) >> (lane & 3);  // uneven: the plan tries more shares
-    query[i] = i < each && first + i < p.batch;
-  }
+  WorkTotals totals;
   RequestWork own[kOwnRequests];
-  Plan plan;
-  int real = !rehearsal && each != 1;
-  ETAP_ROLLED
-  for (;; real = 1) {
-    keep(real);  // one copy of the code, and what is asked for is not waited for, the first time
-    if (real) {
+  own[0] = request_work<Cfg>(p, own_len[0], own_query[0]);
+  totals.add(own[0]);
+  if (each > 1) {
 #pragma unroll
-      for (int i = 0; i < kOwnRequests; ++i) len[i] = own_len[i], query[i] = own_query[i];
+    for (int i = 1; i < kOwnRequests; ++i) {
+      own[i] = request_work<Cfg>(p, own_len[i], own_query[i]);
+      totals.add(own[i]);
     }
-    auto const work_of = [&](int b) { return real ? request_work<Cfg>(p, b) : RequestWork{1, 1}; };
-    WorkTotals totals;
-    own[0] = request_work<Cfg>(p, len[0], query[0]);
-    totals.add(own[0]);
+  }
+  if (!owned) {
+    ETAP_ROLLED
+    for (int b = lane; b < p.batch; b += 32) totals.add(request_work<Cfg>(p, b));
+  }
+  totals.tiles = warp_sum(totals.tiles);
+  totals.longest = __reduce_max_sync(~0u, totals.longest);
+  totals.virtual_requests = warp_sum(totals.virtual_requests);
+  int own_ctas[kOwnRequests], own_sum = 0;  // aligned
+  Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, [&](int share) {
+    own_sum = 0;
+    if (owned) {
+      own_sum = own_ctas[0] = aligned_ctas(own[0], share);
+      if (each > 1) {
+#pragma unroll
+        for (int i = 1; i < kOwnRequests; ++i) own_sum += own_ctas[i] = aligned_ctas(own[i], share);
+      }
+    } else {
+      ETAP_ROLLED
+      for (int b = lane; b < p.batch; b += 32) own_sum += aligned_ctas(request_work<Cfg>(p, b), share);
+    }
+    return warp_sum(own_sum);
+  });
+  int const cta = blockIdx.x;
+  if (plan.share && owned) {  // the common short case: the request's own lane has all it takes
+    int const end = inclusive_sum(own_sum, lane);
+    int prefix = end - own_sum;
+    if (lane == 0) control.cursor.next_tile = control.cursor.end_tile = 0;  // no second piece
+    int const owner = __ffs(__ballot_sync(~0u, cta >= prefix && cta < end)) - 1;
+    if (owner < 0) {
+      if (lane == 0) write_end<Cfg>(control, 0);
+      return;
+    }
+    int request = first, len = own_len[0], ctas = own_ctas[0];
+    RequestWork work = own[0];
     if (each > 1) {
 #pragma unroll
       for (int i = 1; i < kOwnRequests; ++i) {
-        own[i] = request_work<Cfg>(p, len[i], query[i]);
-        totals.add(own[i]);
+        if (i >= each || cta < prefix + ctas) continue;
+        prefix += ctas;
+        request = first + i, len = own_len[i], ctas = own_ctas[i], work = own[i];
       }
     }
-    if (!owned) {
-      ETAP_ROLLED
-      for (int b = lane; b < p.batch; b += 32) totals.add(work_of(b));
-    }
-    totals.tiles = warp_sum(totals.tiles);
-    totals.longest = __reduce_max_sync(~0u, totals.longest);
-    totals.virtual_requests = warp_sum(totals.virtual_requests);
-    int own_ctas[kOwnRequests], own_sum = 0;  // aligned
-    plan = make_plan(totals, gridDim.x, Cfg::kUneven, [&](int share) {
-      own_sum = 0;
-      if (owned) {
-        own_sum = own_ctas[0] = aligned_ctas(own[0], share);
-        if (each > 1) {
-#pragma unroll
-          for (int i = 1; i < kOwnRequests; ++i) own_sum += own_ctas[i] = aligned_ctas(own[i], share);
-        }
-      } else {
-        ETAP_ROLLED
-        for (int b = lane; b < p.batch; b += 32) own_sum += aligned_ctas(work_of(b), share);
-      }
-      return warp_sum(own_sum);
-    });
-    if (plan.share && owned) {  // the common short case: the request's own lane has all it takes
-      int const end = inclusive_sum(own_sum, lane);
-      int prefix = end - own_sum;
-      int const owner = __ffs(__ballot_sync(~0u, cta >= prefix && cta < end)) - 1;
-      if (real && lane == 0) control.cursor.next_tile = control.cursor.end_tile = 0;  // no second piece
-      if (real && owner < 0) {
-        if (lane == 0) write_end<Cfg>(control, 0);
-        return;
-      }
-      int request = first, ctas = own_ctas[0], request_len = len[0];
-      RequestWork work = own[0];
-      if (each > 1) {
-#pragma unroll
-        for (int i = 1; i < kOwnRequests; ++i) {
-          if (i >= each || cta < prefix + ctas) continue;
-          prefix += ctas;
-          request = first + i, request_len = len[i], ctas = own_ctas[i], work = own[i];
-        }
-      }
-      auto const share_out = [&](int& v) { v = __shfl_sync(~0u, v, owner & 31); };
-      share_out(request), share_out(request_len), share_out(prefix), share_out(ctas), share_out(work.tiles);
-      share_out(work.row_tiles);
-      Piece const piece = aligned_piece(work, request, prefix, ctas, cta);
-      if (real) {
-        found(piece, request_len);
-        if (lane == 0) write_piece<Cfg>(p, control, 0, piece, request_len);
-        return;
-      }
-    }
-    if (rehearsal) return;
-    if (real) break;
+    auto const share_out = [&](int& v) { v = __shfl_sync(~0u, v, owner); };
+    share_out(request), share_out(len), share_out(prefix), share_out(ctas), share_out(work.tiles);
+    share_out(work.row_tiles);
+    Piece const piece = aligned_piece(work, request, prefix, ctas, cta);
+    found(piece, len);
+    if (lane == 0) write_piece<Cfg>(p, control, 0, piece, len);
+    return;
   }
   int request = 0, prefix = 0;
   if (cta < plan.num_ctas) {
