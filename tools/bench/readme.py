@@ -127,9 +127,8 @@ def ragged_section(sources: str | None) -> str:
     rows = latest("ragged")
     if not rows:
         return NOT_RECORDED
-    parts = [conditions(rows, sources)]
-    for heads in sorted({row.heads for row in rows}):
-        parts += [f"{heads} heads:", _table(_selected(rows, heads=heads), batch=True)]
+    heads = min(row.heads for row in rows)
+    parts = [conditions(rows, sources), f"{heads} heads:", _table(_selected(rows, heads=heads), batch=True)]
     return "\n\n".join([*parts, *_summary(rows, "etap")])
 
 
