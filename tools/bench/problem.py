@@ -11,6 +11,9 @@ from functools import cached_property
 
 import torch
 
+from etap_integration.ops import SCALE_GROUP, split_token_cache
+from etap_integration.ops import TOKEN_BYTES as FP8_DS_MLA_BYTES
+
 DIM_LATENT = 512
 DIM_ROPE = 64
 DIM_QK = DIM_LATENT + DIM_ROPE
@@ -19,10 +22,9 @@ KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8
 """Caches whose elements are all of one type."""
 
 FP8_DS_MLA = "fp8_ds_mla"
-"""A token of 656 bytes, as vLLM and FlashMLA have it: 512 e4m3, a float32 scale for each 128 of them, 64 bf16."""
+"""A token of 656 bytes, as vLLM calls it: see `etap_integration.split_token_cache`."""
 
-TOKEN_BYTES = {name: DIM_QK * dtype.itemsize for name, dtype in KV_DTYPES.items()} | {FP8_DS_MLA: 656}
-SCALE_GROUP = 128  # latent columns that share a scale
+TOKEN_BYTES = {name: DIM_QK * dtype.itemsize for name, dtype in KV_DTYPES.items()} | {FP8_DS_MLA: FP8_DS_MLA_BYTES}
 
 
 @dataclass(frozen=True, order=True)
@@ -136,8 +138,8 @@ class KvPool:
         generator = torch.Generator(device).manual_seed(seed)
         self.rows = torch.empty(tokens, TOKEN_BYTES[kv_dtype], dtype=torch.uint8, device=device)
         for start in range(0, tokens, self._CHUNK):
-            latent, rope, scales = columns(self.rows[start : start + self._CHUNK], kv_dtype)
-            values = torch.randn(latent.shape[0], DIM_QK, device=device, generator=generator)
+            latent, rope, scales = columns(self.rows[None, start : start + self._CHUNK], kv_dtype)
+            values = torch.randn(latent.shape[1], DIM_QK, device=device, generator=generator)
             latent.copy_(values[:, :DIM_LATENT])
             rope.copy_(values[:, DIM_LATENT:])
             if scales is not None:
@@ -146,27 +148,27 @@ class KvPool:
     @cached_property
     def split(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same rows as two contiguous tensors: latent (tokens, 512) and rope (tokens, 64)."""
-        latent, rope, _ = columns(self.rows, self.kv_dtype)
-        return latent.contiguous(), rope.contiguous()
+        latent, rope, _ = columns(self.rows[None], self.kv_dtype)
+        return latent[0].contiguous(), rope[0].contiguous()
 
     def widened(self, tokens: torch.Tensor) -> torch.Tensor:
         """The values of some tokens (any shape of indices) in fp64, (..., 576)."""
-        latent, rope, scales = columns(self.rows[tokens], self.kv_dtype)
+        latent, rope, scales = columns(self.rows[tokens.flatten()][None], self.kv_dtype)
         wide = latent.double()
         if scales is not None:
-            wide = (wide.unflatten(-1, (-1, SCALE_GROUP)) * scales.double().unsqueeze(-1)).flatten(-2)
-        return torch.cat([wide, rope.double()], -1)
+            wide *= scales.repeat_interleave(SCALE_GROUP, -1)
+        return torch.cat([wide, rope.double()], -1)[0].unflatten(0, tokens.shape)
 
 
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def columns(rows: torch.Tensor, kv_dtype: str) -> Columns:
-    """Rows of bytes (..., bytes) as what they hold: latent (..., 512), rope (..., 64), and where there are some scales
-    (..., 4)."""
+    """Rows of bytes (pages, page_size, bytes) as what they hold: latent (..., 512), rope (..., 64), and where there are
+    some scales (..., 4)."""
     if kv_dtype == FP8_DS_MLA:
-        latent, scales, rope = rows.split([DIM_LATENT, 4 * DIM_LATENT // SCALE_GROUP, 2 * DIM_ROPE], -1)
-        return latent.view(torch.float8_e4m3fn), rope.view(torch.bfloat16), scales.view(torch.float32)
+        latent, scales, rope = split_token_cache(rows)
+        return latent, rope, scales
     latent, rope = rows.view(KV_DTYPES[kv_dtype]).split([DIM_LATENT, DIM_ROPE], -1)
     return latent, rope, None
 
@@ -237,7 +239,7 @@ class Inputs:
             logits = queries[part].double().flatten(1, 2) @ kv.transpose(1, 2) * p.softmax_scale
             logits = logits.unflatten(1, (p.q_len, p.heads))
             token = torch.arange(p.q_len, device=kv.device)  # sees the cache up to itself, aligned at the end
-            limits = self.cache_seqlens[part, None] - (p.q_len - 1 - token if p.causal else 0 * token)
+            limits = self.cache_seqlens[part, None] - (p.q_len - 1 - token)
             keep = torch.arange(p.kv_len, device=kv.device) < limits[..., None]
             logits = logits.masked_fill(~keep[:, :, None], float("-inf"))
             lse = logits.logsumexp(-1)
