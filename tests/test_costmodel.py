@@ -106,7 +106,7 @@ def recorded(shortest: int) -> list[tuple[str, records.Row, costmodel.Gpu]]:
 def test_near_the_recorded_rows() -> None:
     """15% for 16 heads and one query token, on which the constants were calibrated; 30% for other shapes, and on an
     H100 for an e4m3 cache in pages of one, which was calibrated on an H200 alone; 40% for FlashInfer's e4m3 kernel
-    with one request, whose many parts cost it more than the model's merge."""
+    with one request, which was not calibrated."""
     rows = recorded(16384)
     if not rows:
         pytest.skip("not run: no benchmark row is recorded")
