@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from etap_integration._library import build_info
     from etap_integration.dispatch import disable, enable, patched, status, supports
-    from etap_integration.ops import mla_decode, split_token_cache
+    from etap_integration.ops import mla_decode
     from etap_integration.shadowing import shadow
+    from etap_integration.tokens import split_token_cache
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
 
 _HOME = {
     "mla_decode": "etap_integration.ops",
-    "split_token_cache": "etap_integration.ops",
+    "split_token_cache": "etap_integration.tokens",
     "build_info": "etap_integration._library",
 }
 _HOME["shadow"] = "etap_integration.shadowing"

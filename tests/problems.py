@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etap_integration import numerics, ops
+from etap_integration import numerics, tokens
 
 PAGE_SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 100, 128)
 HEADS = (1, 5, 8, 16, 17, 32, 64, 128)
@@ -262,8 +262,8 @@ def _caches(p: Problem, pages: int, device) -> tuple[Tensor, Tensor, Tensor | No
     latent = torch.float8_e4m3fn if p.e4m3 else p.dtype
     rope = p.dtype if p.rope16 else latent
     if p.cache_layout == "views" and p.rope16 and p.groups is not None:  # 656 bytes a token
-        buffer = torch.empty(pages, rows, ops.TOKEN_BYTES, dtype=torch.uint8, device=device)
-        ckv, arr, kpe = ops.split_token_cache(buffer, p.dtype)
+        buffer = torch.empty(pages, rows, tokens.TOKEN_BYTES, dtype=torch.uint8, device=device)
+        ckv, arr, kpe = tokens.split_token_cache(buffer, p.dtype)
         _bits(ckv).copy_(_bits(poisoned(1, latent)).expand(ckv.shape))
         return ckv, kpe.fill_(p.poison), arr.fill_(p.poison)
     if p.cache_layout == "views" and not p.rope16:

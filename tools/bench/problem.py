@@ -11,8 +11,8 @@ from functools import cached_property
 
 import torch
 
-from etap_integration.ops import SCALE_GROUP, split_token_cache
-from etap_integration.ops import TOKEN_BYTES as FP8_DS_MLA_BYTES
+from etap_integration import tokens
+from etap_integration.numerics import SCALE_GROUP
 
 DIM_LATENT = 512
 DIM_ROPE = 64
@@ -24,7 +24,7 @@ KV_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "e4m3": torch.float8
 FP8_DS_MLA = "fp8_ds_mla"
 """A token of 656 bytes, as vLLM calls it: see `etap_integration.split_token_cache`."""
 
-TOKEN_BYTES = {name: DIM_QK * dtype.itemsize for name, dtype in KV_DTYPES.items()} | {FP8_DS_MLA: FP8_DS_MLA_BYTES}
+TOKEN_BYTES = {name: DIM_QK * dtype.itemsize for name, dtype in KV_DTYPES.items()} | {FP8_DS_MLA: tokens.TOKEN_BYTES}
 
 
 @dataclass(frozen=True, order=True)
@@ -151,13 +151,13 @@ class KvPool:
         latent, rope, _ = columns(self.rows[None], self.kv_dtype)
         return latent[0].contiguous(), rope[0].contiguous()
 
-    def widened(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The values of some tokens (any shape of indices) in fp64, (..., 576)."""
-        latent, rope, scales = columns(self.rows[tokens.flatten()][None], self.kv_dtype)
+    def widened(self, slots: torch.Tensor) -> torch.Tensor:
+        """The values of the tokens in some slots (any shape of indices) in fp64, (..., 576)."""
+        latent, rope, scales = columns(self.rows[slots.flatten()][None], self.kv_dtype)
         wide = latent.double()
         if scales is not None:
             wide *= scales.repeat_interleave(SCALE_GROUP, -1)
-        return torch.cat([wide, rope.double()], -1)[0].unflatten(0, tokens.shape)
+        return torch.cat([wide, rope.double()], -1)[0].unflatten(0, slots.shape)
 
 
 Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -167,7 +167,7 @@ def columns(rows: torch.Tensor, kv_dtype: str) -> Columns:
     """Rows of bytes (pages, page_size, bytes) as what they hold: latent (..., 512), rope (..., 64), and where there are
     some scales (..., 4)."""
     if kv_dtype == FP8_DS_MLA:
-        latent, scales, rope = split_token_cache(rows)
+        latent, scales, rope = tokens.split_token_cache(rows)
         return latent, rope, scales
     latent, rope = rows.view(KV_DTYPES[kv_dtype]).split([DIM_LATENT, DIM_ROPE], -1)
     return latent, rope, None
