@@ -1,12 +1,14 @@
 """Measuring a cell, with implementations and a clock of the test's own."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from etap_integration.timing import Sample
-from tools.bench import providers, runner
+from tools.bench import providers, records, runner
 from tools.bench.grid import Cell
 from tools.bench.problem import Inputs, KvPool, Problem
 from tools.bench.providers import Errors, Provider, Target, disagreement
@@ -163,3 +165,9 @@ def test_our_kernel_is_called_as_its_schema_says(monkeypatch):
     assert (call["num_ctas"], call["p_parts"], call["max_seqlen_q"], call["causal"]) == (78, 1, 2, True)
     assert call["ckv_cache"].stride(1) == call["kpe_cache"].stride(1) == 576
     assert call["cu_seqlens_q"] is call["ckv_scale_arr"] is None
+
+
+def test_the_operator_is_left_to_the_library_under_test():
+    """`etap_integration.ops` registers the operator by itself; a process that measures another library could not."""
+    code = "import sys, tools.bench.runner; sys.exit('etap_integration.ops' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=records.ROOT, check=True)
