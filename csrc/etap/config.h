@@ -104,7 +104,9 @@ struct TileConfig {
   // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
-  static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes;  // statistics, pieces, barriers
+  static constexpr int kKeptRequests = RowTile < 64 ? 1024 : 256;  // whose lengths are kept, of many
+  // Statistics, pieces, barriers, lengths.
+  static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes + 8 * kKeptRequests;
   static constexpr int kFixedBytes =
       kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kGivenBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;

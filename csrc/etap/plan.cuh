@@ -2,6 +2,8 @@
 // other roles.
 #pragma once
 
+#include <cute/arch/copy_sm80.hpp>
+
 #include "workspace.cuh"
 
 namespace etap {
@@ -77,13 +79,49 @@ ETAP_DEVICE void write_end(Control<Cfg>& control, int index) {
   if (index == 0) control.num_pending = 0;
 }
 
+// Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together.
+constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
+
+// Where the plan reads lengths that no lane keeps: again and again, so from shared memory unless there are very many.
+template <class Cfg>
+struct Lengths {
+  MlaDecodeParams const& p;
+  int const *cache, *query;  // as cache_seqlens and cu_seqlens_q
+
+  ETAP_DEVICE Lengths(MlaDecodeParams const& p_, Control<Cfg>& control)
+      : p(p_), cache(p.cache_seqlens), query(p.cu_seqlens_q) {
+    if (!kept(p)) return;
+    cache = control.kept_len;
+    if (query) query = control.kept_query;
+  }
+  static ETAP_DEVICE bool kept(MlaDecodeParams const& p) {
+    return p.batch > kMostOwned && p.batch <= Cfg::kKeptRequests;
+  }
+  // Brings them there. One warp calls this.
+  static ETAP_DEVICE void bring(MlaDecodeParams const& p, Control<Cfg>& control, int lane) {
+    using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS<int>;
+    ETAP_ROLLED
+    for (int b = lane; b < p.batch; b += 32) {
+      Copy::copy(p.cache_seqlens[b], control.kept_len[b]);
+      if (p.cu_seqlens_q) Copy::copy(p.cu_seqlens_q[b], control.kept_query[b]);
+    }
+    if (p.cu_seqlens_q && lane == 0) control.kept_query[p.batch] = p.cu_seqlens_q[p.batch];
+    cute::cp_async_fence();
+    cute::cp_async_wait<0>();
+    __syncwarp();
+  }
+  ETAP_DEVICE RequestWork operator()(int b) const {
+    return request_work<Cfg>(p, cache[b], query ? query[b + 1] - query[b] : p.q_len);
+  }
+};
+
 // Works out the next piece, or the end. One warp calls this.
 template <class Cfg>
 ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, PieceCursor& cursor, int index,
                             int lane) {
   if (lane == 0) {
     Piece piece;
-    if (cursor.next([&](int b) { return request_work<Cfg>(p, b); }, piece)) {
+    if (cursor.next(Lengths<Cfg>(p, control), piece)) {
       write_piece<Cfg>(p, control, index, piece, cache_len(p, piece.request));
     } else {
       write_end<Cfg>(control, index);
@@ -92,10 +130,6 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
   }
   __syncwarp();
 }
-
-// Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together.
-// The plan of more reads lengths again and again.
-constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 
 // Makes the plan and this CTA's first piece, if it has one. found(piece, keys of its request) is called by all lanes,
 // before the piece is written for the CTA's other warps.
@@ -128,9 +162,11 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
       totals.add(own[i]);
     }
   }
+  Lengths<Cfg> const lengths(p, control);
   if (!owned) {
+    if (lengths.kept(p)) lengths.bring(p, control, lane);
     ETAP_ROLLED
-    for (int b = lane; b < p.batch; b += 32) totals.add(request_work<Cfg>(p, b));
+    for (int b = lane; b < p.batch; b += 32) totals.add(lengths(b));
   }
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
@@ -146,7 +182,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
       }
     } else {
       ETAP_ROLLED
-      for (int b = lane; b < p.batch; b += 32) own_sum += aligned_ctas(request_work<Cfg>(p, b), share);
+      for (int b = lane; b < p.batch; b += 32) own_sum += aligned_ctas(lengths(b), share);
     }
     return warp_sum(own_sum);
   });
@@ -182,7 +218,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   if (cta < plan.num_ctas) {
     bool const small = p.batch <= 32;
     locate(p.batch, lane, plan_target(plan, cta),
-           [&](int b) { return plan_weight(plan, small ? own[0] : request_work<Cfg>(p, b)); }, request, prefix);
+           [&](int b) { return plan_weight(plan, small ? own[0] : lengths(b)); }, request, prefix);
   }
   PieceCursor cursor(plan, cta, request, prefix);
   next_piece<Cfg>(p, control, cursor, 0, lane);

@@ -323,11 +323,20 @@ ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg
   }
 }
 
+// Beside TMA, a warp of its own hands out the pieces but the first: what it waits for, under way with all the copies,
+// does not delay them.
+template <class Cfg>
+ETAP_DEVICE void post_pieces(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
+  ETAP_ROLLED
+  for (int index = 1; await_piece(smem, index - 1).request >= 0; ++index) post_piece(p, smem, index, lane);
+}
+
 template <class Cfg>
 ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
                          SharedStorage<Cfg>& smem, KeyPlace first, int warp, int lane) {
   bool const gather = p.box_rows == 0;
   if (!gather && warp > 0) {
+    if (warp == 2) post_pieces(p, smem, lane);
     if constexpr (Cfg::kGroups) {
       if (warp == 1 && p.group_scale) produce_scales(p, smem, lane);
     }
@@ -336,8 +345,8 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CUtensorMap const& ckv_map, C
   RingPosition<Cfg> at{0, 0};
   ETAP_ROLLED
   for (int index = 0;; ++index) {
-    if (warp == 0) post_piece(p, smem, index, lane);
-    PieceInfo const& piece = warp == 0 ? posted_piece(smem, index) : await_piece(smem, index);
+    if (warp == 0 && (gather || index == 0)) post_piece(p, smem, index, lane);
+    PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
     if (!gather) {
       if (index > 0) first = BoxLane(p, lane).look_up(p, piece.request, piece.pages, piece.len, piece.begin);

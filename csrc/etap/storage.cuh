@@ -103,6 +103,8 @@ struct alignas(1024) SharedStorage : OperandsAndScores<Cfg> {
     int next_chunk, num_pending;       // behind the last piece posted
     uint32_t epoch;                    // of the workspace
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
+    int kept_len[Cfg::kKeptRequests];        // cache_seqlens, where there are too many for a warp's registers
+    int kept_query[Cfg::kKeptRequests + 1];  // likewise cu_seqlens_q
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
 };
