@@ -19,12 +19,11 @@ ETAP_DEVICE int inclusive_sum(int v, int lane) {
   return v;
 }
 
-// Finds the request in which the running sum of weight(request) passes `target`, narrowing by 32 a round.
+// Finds the request of lo to hi - 1 in which the running sum of weight(request) passes `target`, narrowing by 32 a
+// round. `prefix`: the sum before lo, then before the request, which is returned.
 template <class F>
-ETAP_DEVICE void locate(int batch, int lane, int target, F&& weight, int& request, int& prefix) {
-  int lo = 0, hi = batch;
-  prefix = 0;
-  while (true) {
+ETAP_DEVICE int locate(int lo, int hi, int lane, int target, F&& weight, int& prefix) {
+  while (hi - lo > 1) {
     int const per_lane = (hi - lo + 31) / 32;
     int const begin = lo + lane * per_lane, end = min(begin + per_lane, hi);
     int own = 0;
@@ -36,9 +35,8 @@ ETAP_DEVICE void locate(int batch, int lane, int target, F&& weight, int& reques
     prefix += __shfl_sync(~0u, inclusive - own, hit);
     lo += hit * per_lane;
     hi = min(lo + per_lane, hi);
-    if (per_lane == 1) break;
   }
-  request = lo;
+  return lo;
 }
 
 // A partial piece of one tile concerns one warpgroup alone: nothing is exchanged, no ring chunk lent for it.
@@ -121,8 +119,9 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
                             int lane) {
   if (lane == 0) {
     Piece piece;
-    if (cursor.next(Lengths<Cfg>(p, control), piece)) {
-      write_piece<Cfg>(p, control, index, piece, cache_len(p, piece.request));
+    Lengths<Cfg> const lengths(p, control);
+    if (cursor.next(lengths, piece)) {
+      write_piece<Cfg>(p, control, index, piece, clamped_len(p, lengths.cache[piece.request]));
     } else {
       write_end<Cfg>(control, index);
     }
@@ -136,38 +135,40 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
 template <class Cfg, class Found>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, Found&& found) {
   bool const owned = p.batch <= kMostOwned;
-  int const each = owned ? (p.batch + 31) / 32 : 0, first = lane * each;
-  int own_len[kOwnRequests], own_query[kOwnRequests];
-  auto const ask = [&](int i) {
-    own_len[i] = own_query[i] = 0;
-    if (i < each && first + i < p.batch) {
+  int const each = (p.batch + 31) / 32, first = lane * each, last = min(first + each, p.batch);
+  bool const several = owned && each > 1;  // else what is about a lane's second request and the next is passed over
+  Lengths<Cfg> const lengths(p, control);
+  WorkTotals totals;
+  int own_len[kOwnRequests];
+  RequestWork own[kOwnRequests];
+  if (owned) {
+    int own_query[kOwnRequests];
+    auto const ask = [&](int i) {
+      own_len[i] = own_query[i] = 0;
+      if (first + i >= last) return;
       own_len[i] = cache_len(p, first + i);
       own_query[i] = query_len(p, first + i);
-    }
-  };
-  // What is about a lane's second request and the next is passed over in one step where there are none.
-  ask(0);
-  if (each > 1) {
-#pragma unroll
-    for (int i = 1; i < kOwnRequests; ++i) ask(i);
-  }
-  WorkTotals totals;
-  RequestWork own[kOwnRequests];
-  own[0] = request_work<Cfg>(p, own_len[0], own_query[0]);
-  totals.add(own[0]);
-  if (each > 1) {
-#pragma unroll
-    for (int i = 1; i < kOwnRequests; ++i) {
+    };
+    auto const take = [&](int i) {
       own[i] = request_work<Cfg>(p, own_len[i], own_query[i]);
       totals.add(own[i]);
+    };
+    ask(0);
+    if (several) {
+#pragma unroll
+      for (int i = 1; i < kOwnRequests; ++i) ask(i);
     }
-  }
-  Lengths<Cfg> const lengths(p, control);
-  if (!owned) {
+    take(0);
+    if (several) {
+#pragma unroll
+      for (int i = 1; i < kOwnRequests; ++i) take(i);
+    }
+  } else {
     if (lengths.kept(p)) lengths.bring(p, control, lane);
     ETAP_ROLLED
-    for (int b = lane; b < p.batch; b += 32) totals.add(lengths(b));
+    for (int b = first; b < last; ++b) totals.add(lengths(b));
   }
+  int const own_tiles = totals.tiles;
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
@@ -176,13 +177,13 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     own_sum = 0;
     if (owned) {
       own_sum = own_ctas[0] = aligned_ctas(own[0], share);
-      if (each > 1) {
+      if (several) {
 #pragma unroll
         for (int i = 1; i < kOwnRequests; ++i) own_sum += own_ctas[i] = aligned_ctas(own[i], share);
       }
     } else {
       ETAP_ROLLED
-      for (int b = lane; b < p.batch; b += 32) own_sum += aligned_ctas(lengths(b), share);
+      for (int b = first; b < last; ++b) own_sum += aligned_ctas(lengths(b), share);
     }
     return warp_sum(own_sum);
   });
@@ -198,7 +199,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     }
     int request = first, len = own_len[0], ctas = own_ctas[0];
     RequestWork work = own[0];
-    if (each > 1) {
+    if (several) {
 #pragma unroll
       for (int i = 1; i < kOwnRequests; ++i) {
         if (i >= each || cta < prefix + ctas) continue;
@@ -216,9 +217,12 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   }
   int request = 0, prefix = 0;
   if (cta < plan.num_ctas) {
-    bool const small = p.batch <= 32;
-    locate(p.batch, lane, plan_target(plan, cta),
-           [&](int b) { return plan_weight(plan, small ? own[0] : lengths(b)); }, request, prefix);
+    int const target = plan_target(plan, cta), own_weight = plan.share ? own_sum : own_tiles;
+    int const end = inclusive_sum(own_weight, lane);
+    int const owner = __ffs(__ballot_sync(~0u, end > target)) - 1;  // the plan's total exceeds every target
+    prefix = __shfl_sync(~0u, end - own_weight, owner);
+    auto const weight = [&](int b) { return plan_weight(plan, lengths(b)); };
+    request = locate(owner * each, min(owner * each + each, p.batch), lane, target, weight, prefix);
   }
   PieceCursor cursor(plan, cta, request, prefix);
   next_piece<Cfg>(p, control, cursor, 0, lane);
