@@ -321,14 +321,14 @@ class Rule:
 
 
 # What measurements of the operator against an unpatched upstream found, one rule a region; then the cost model, which
-# its tests hold against measurements. All for a 16-bit cache. First where both upstreams are faster.
+# its tests hold against measurements. All for a 16-bit cache. Where both upstreams are faster, then FlashAttention-3.
 FLASHINFER_RULES: tuple[Rule, ...] = (
     # With 33 to 64 rows as fast as the better upstream in the mean on an H100 with v19 (kernel log), but 7% slower than
     # FlashInfer in one cell, 2% slower than FlashAttention-3 where caches are long. csrc/fa3/call.h has the same rule.
     Rule("more than 32 query rows: upstream is faster", lambda rows, batch, length, sms: rows > 32, rows_only=True),
     Rule("the cost model expects upstream to be faster", costmodel.upstream_wins),
 )
-MEASURED_RULES: tuple[Rule, ...] = (  # of FlashAttention-3
+MEASURED_RULES: tuple[Rule, ...] = (
     *FLASHINFER_RULES,
     # 200 requests of drawn lengths, on an H100 with v19 (kernel log, grid `ragged`): 9% faster with 256 to 2K keys, 2%
     # with 1K to 8K, 2% slower with 4K to 32K. The lengths are not known here. A patched one has no such rule yet.
@@ -340,7 +340,7 @@ MEASURED_RULES: tuple[Rule, ...] = (  # of FlashAttention-3
 
 
 def slower(rows: int, batch: int, length_bound: int, sms: int, rules: tuple[Rule, ...] | None = None) -> str | None:
-    """Why upstream is expected to be faster, by `rules` (default: the measured ones), or None."""
+    """Why upstream is expected to be faster, by `rules` (default: `MEASURED_RULES`), or None."""
     for rule in MEASURED_RULES if rules is None else rules:
         if rule.upstream_wins(rows, batch, length_bound, sms):
             return rule.reason
@@ -363,8 +363,8 @@ def choose(call: Call, rules: tuple[Rule, ...] | None = None) -> tuple[bool, str
     """Whether ETAP is the faster one, for a call that `supports` let through: yes, where no rule says otherwise.
 
     Looks at rows, batch, an upper bound of the lengths that the host knows, and the number of SMs. Always yes for an
-    e4m3 cache: FlashAttention-3 has no kernel for it, FlashInfer one that is several times slower. Returns as
-    `supports` does.
+    e4m3 cache: FlashAttention-3 has no kernel for it, FlashInfer one that is several times slower. `rules`: as in
+    `slower`. Returns as `supports` does.
     """
     if call.e4m3:
         return True, SUPPORTED
