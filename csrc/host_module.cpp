@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -34,20 +35,39 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
   auto const work = request_work(lengths, q_lens, heads, row_tile);
   etap::WorkTotals totals;
   for (auto const& w : work) totals.add(w);
-  etap::Plan const plan = etap::make_plan(totals, num_ctas, uneven, [&](int share) {
+  bool single = true;
+  for (auto const& w : work) single = single && w.row_tiles <= 1;
+  bool const ranks = single && int(work.size()) > etap::kMostOwned && int(work.size()) <= etap::kept_requests(row_tile);
+  std::vector<int> order(work.size());  // by length; the device finds the n-th with a warp-wide search
+  for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+  auto const bin = [&](int b) {
+    int const tiles = work[b].tiles * work[b].row_tiles;
+    return tiles ? etap::length_bin(tiles, totals.longest) : -1;
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return bin(a) > bin(b); });
+  etap::Plan const plan = etap::make_plan(totals, num_ctas, uneven, ranks, [&](int share) {
     int ctas = 0;
     for (auto const& w : work) ctas += etap::aligned_ctas(w, share);
     return ctas;
   });
   std::vector<std::vector<PieceTuple>> result(num_ctas);
+  auto const add = [&](int cta, etap::Piece const& p) {
+    result[cta].emplace_back(p.request, p.row_tile, p.begin, p.end, p.num_parts, p.part, p.slot(p.part));
+  };
   for (int cta = 0; cta < plan.num_ctas; ++cta) {
+    if (plan.dealt) {
+      for (int i = 0, rank; (rank = etap::dealt_rank(plan.num_ctas, cta, i)) < totals.virtual_requests; ++i) {
+        add(cta, etap::whole_piece(order[rank], work[order[rank]].tiles, cta));
+      }
+      continue;
+    }
     int request = 0, prefix = 0;  // the device finds these with a warp-wide search
     while (prefix + etap::plan_weight(plan, work[request]) <= etap::plan_target(plan, cta)) {
       prefix += etap::plan_weight(plan, work[request++]);
     }
     etap::PieceCursor cursor(plan, cta, request, prefix);
     for (etap::Piece p; cursor.next([&](int b) { return work[b]; }, p);) {
-      result[cta].emplace_back(p.request, p.row_tile, p.begin, p.end, p.num_parts, p.part, p.slot(p.part));
+      add(cta, p);
     }
   }
   return result;
@@ -84,8 +104,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("cta_work", &cta_work, pybind11::arg("lengths"), pybind11::arg("q_lens"), pybind11::arg("heads"),
         pybind11::arg("row_tile"), pybind11::arg("num_ctas"), pybind11::arg("uneven") = true,
         "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
-        "tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). Raises ValueError for "
-        "inconsistent arguments.");
+        "tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). Raises ValueError "
+        "for inconsistent arguments.");
   m.def("kernel_configs", [] {
     std::vector<pybind11::dict> list;
     add_configs<CacheFormat::kQueryType, 8, 16, 32, 64>(list);

@@ -107,7 +107,8 @@ def test_partition(partition, problem) -> None:
     loads = [sum(p.end - p.begin for p in pieces) for pieces in work]
     slack = max(1, ideal // 8)
     assert max(loads, default=0) <= ideal + ((ideal * 5 // 8 + 4 if uneven else slack) if total else 0), (loads, ideal)
-    if uneven and max(loads, default=0) > ideal + slack:  # then every CTA has one piece, or no request is cut
+    moved = 2 * 3  # a flat share's two cuts
+    if uneven and max(loads, default=0) > ideal + slack + moved:  # then every CTA has one piece, or no request is cut
         assert all(len(pieces) <= 1 for pieces in work) or all(p.num_parts == 1 for ps in work for p in ps)
 
     # partial results: a slot of its own each, and only the first and the last piece of a CTA may be one
@@ -140,6 +141,36 @@ def test_ragged_requests_are_one_piece_a_cta(partition) -> None:
     lengths = [128 + 30 * i for i in range(64)]
     assert max(len(pieces) for pieces in partition(lengths, None, 16, 16, 132)) == 1
     assert max(len(pieces) for pieces in partition(lengths, None, 16, 16, 132, False)) > 1
+
+
+@pytest.mark.parametrize("batch", [180, 200, 256])
+def test_drawn_lengths_of_more_requests_than_ctas_are_dealt(partition, batch: int) -> None:
+    """No merge, one or two requests a CTA, the longer one first, and no share a quarter above the mean."""
+    lengths = [512 + 1536 * (37 * i % batch) // batch for i in range(batch)]
+    work = partition(lengths, None, 16, 16, 132)
+    assert sum(len(w) for w in work) == batch and all(p.num_parts == 1 for w in work for p in w)
+    assert {len(w) for w in work} <= {1, 2}
+    loads = [sum(p.end - p.begin for p in w) for w in work]
+    assert max(loads) <= 1.25 * sum(loads) / 132
+    assert all(w[0].end + 2 > w[-1].end for w in work)  # the longer one first, as far as length_bin tells them apart
+
+
+def test_drawn_lengths_that_are_not_dealt(partition) -> None:
+    """Too many requests a CTA, shares too long, several row tiles, or tensor cores as the limit: the line is cut."""
+    drawn = [256 + 1792 * (37 * i % 200) // 200 for i in range(200)]
+    for lengths, heads, uneven in ((drawn * 2, 16, True), ([8 * n for n in drawn], 16, True), (drawn, 32, True),
+                                   (drawn, 16, False)):  # fmt: skip
+        work = partition(lengths, None, heads, 16, 132, uneven)
+        assert any(p.num_parts > 1 for w in work for p in w), (len(lengths), heads, uneven)
+
+
+@pytest.mark.parametrize("longest", [1, 63, 64, 65, 127, 128, 1000])
+def test_flat_cuts_move_to_where_requests_meet(partition, longest: int) -> None:
+    """Never further than three tiles from an even share, a merge less for each that moves."""
+    lengths = [64 * (1 + (31 * i) % longest) for i in range(400)]
+    work = partition(lengths, None, 16, 16, 132)
+    loads = [sum(p.end - p.begin for p in w) for w in work]
+    assert max(loads) <= -(-sum(loads) // 132) + 6 and min(loads) >= sum(loads) // 132 - 6
 
 
 def test_one_short_request_is_not_split_further_than_its_tiles(partition) -> None:

@@ -30,6 +30,10 @@ constexpr int partial_bytes(int row_tile, bool packed) { return row_tile * kLate
 constexpr int stats_bytes(int row_tile) { return (row_tile * 8 + 127) / 128 * 128; }
 constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile, false) + stats_bytes(row_tile); }
 
+// Requests whose lengths the plan keeps: in registers (some a lane), or, of more, in shared memory.
+constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
+constexpr int kept_requests(int row_tile) { return row_tile < 64 ? 1024 : 256; }
+
 // Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3
 // cache has one scale for its latent and one for its rope part; or kGroups: a scale for each key and kScaleGroup latent
 // columns; or kGroupsRope16: that, and a rope part of the query's type, without a scale.
@@ -104,9 +108,12 @@ struct TileConfig {
   // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
-  static constexpr int kKeptRequests = RowTile < 64 ? 1024 : 256;  // whose lengths are kept, of many
+  static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
+  static constexpr bool kDeals = kUneven && RowTile < 64;           // and can deal requests
+  static constexpr int kKeptRequests = kept_requests(RowTile);
   // Statistics, pieces, barriers, lengths.
-  static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes + 8 * kKeptRequests;
+  static constexpr int kDealBytes = kDeals ? 4 * kKeptRequests + 256 : 0;
+  static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes + 8 * kKeptRequests + kDealBytes;
   static constexpr int kFixedBytes =
       kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kGivenBytes + kControlBytes;
   static constexpr int kRingFit = (kMaxSharedBytes - kFixedBytes) / kChunkBytes;
@@ -117,7 +124,6 @@ struct TileConfig {
   static constexpr int kPaired = kRingMost / (2 * kRingTile) * (2 * kRingTile);
   static constexpr int kRing = kWide && kE4m3 ? 13 : 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
-  static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
   static constexpr bool kTogether = kWide && kRing >= 2 * kRingTile;  // see await_slots
   // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).
   static constexpr int kRingShift = kRing % (2 * kRingTile);

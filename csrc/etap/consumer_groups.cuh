@@ -190,13 +190,15 @@ template <class T, class Cfg, class LastOne>
 ETAP_DEVICE void consume_tiles_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                                       MaskBounds const& mask, PieceInfo const& piece, LastOne const& last_one) {
   int const begin = piece.begin, tiles = piece.end - begin, chunk = piece.first_chunk;
-  LaneOffsets const offsets(st.warp, st.lane);
   E4m3Pipeline pipe;
   uint4& powers = smem.control.power[st.group][st.warp];
   if (st.lane == 0) powers = make_uint4(kLeastPower, kLeastPower, kLeastPower, kLeastPower);
   __syncwarp();
   ETAP_ROLLED
   for (int i = 0; i < tiles; ++i) {
+    int lane = st.lane;
+    if (Cfg::kRowTile == 32 && Cfg::kPParts == 2) keep(lane);  // else what follows from it is kept, spilled
+    LaneOffsets const offsets(st.warp, lane);
     auto const at = RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile);
     auto const scales_at = ScalePosition::at(first_tile(smem, piece) + i);
     consume_tile_groups<T>(p, smem, st, pipe, offsets, mask, at, scales_at, begin + i, [&] {

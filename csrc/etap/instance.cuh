@@ -23,8 +23,7 @@ static cudaError_t allow_shared() {
 }
 
 template <class T, class Cfg>
-cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
-                            int num_ctas, cudaStream_t stream) {
+cudaError_t launch_instance(MlaDecodeParams const& params, CacheMaps const& maps, int num_ctas, cudaStream_t stream) {
   static_assert(sizeof(SharedStorage<Cfg>) <= Cfg::kSharedBytes && Cfg::kSharedBytes <= kMaxSharedBytes);
   cudaError_t const status = allow_shared<T, Cfg>();
   if (status != cudaSuccess) return status;
@@ -38,7 +37,7 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, mla_decode_kernel<T, Cfg>, params, ckv_map, kpe_map);
+  return cudaLaunchKernelEx(&config, mla_decode_kernel<T, Cfg>, params, maps);
 }
 
 }  // namespace etap
@@ -50,15 +49,14 @@ cudaError_t launch_instance(MlaDecodeParams const& params, CUtensorMap const& ck
 #define ETAP_TAKE_TRACE(NAME)
 #endif
 
-#define ETAP_INSTANCE_OF(NAME, T, ROW_TILE, FORMAT)                                                                 \
-  namespace etap {                                                                                                  \
-  cudaError_t launch_##NAME##_##ROW_TILE(int p_parts, MlaDecodeParams const& params, CUtensorMap const& ckv_map,    \
-                                         CUtensorMap const& kpe_map, int num_ctas, cudaStream_t stream) {           \
-    return p_parts == 2                                                                                             \
-               ? launch_instance<T, TileConfig<ROW_TILE, 2, FORMAT>>(params, ckv_map, kpe_map, num_ctas, stream)    \
-               : launch_instance<T, TileConfig<ROW_TILE, 1, FORMAT>>(params, ckv_map, kpe_map, num_ctas, stream);   \
-  }                                                                                                                 \
-  }                                                                                                                 \
+#define ETAP_INSTANCE_OF(NAME, T, ROW_TILE, FORMAT)                                                               \
+  namespace etap {                                                                                                \
+  cudaError_t launch_##NAME##_##ROW_TILE(int p_parts, MlaDecodeParams const& params, CacheMaps const& maps,       \
+                                         int num_ctas, cudaStream_t stream) {                                     \
+    return p_parts == 2 ? launch_instance<T, TileConfig<ROW_TILE, 2, FORMAT>>(params, maps, num_ctas, stream)     \
+                        : launch_instance<T, TileConfig<ROW_TILE, 1, FORMAT>>(params, maps, num_ctas, stream);    \
+  }                                                                                                               \
+  }                                                                                                               \
   ETAP_TAKE_TRACE(NAME##_##ROW_TILE)
 #define ETAP_INSTANCE(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME, T, ROW_TILE, CacheFormat::kQueryType)
 #define ETAP_INSTANCE_E4M3(NAME, T, ROW_TILE) ETAP_INSTANCE_OF(NAME##_e4m3, T, ROW_TILE, CacheFormat::kE4m3)

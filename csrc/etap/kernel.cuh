@@ -24,8 +24,10 @@ ETAP_DEVICE void prefetch_page_table(MlaDecodeParams const& p, int thread) {
   }
 }
 
-// Likewise the queries: of each row, the latent part's 8 lines and the rope part's.
+// Likewise the queries: of each row, the latent part's 8 lines and the rope part's. Where there are more requests than
+// CTAs, most are not needed soon, and would delay what is.
 ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
+  if (p.batch > int(gridDim.x)) return;
   constexpr int kLines = kLatentDim * 2 / 128, kRowLines = kLines + 1;
   int const rows_each = p.q_len * p.num_heads;
   int const rows = p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] * p.num_heads : p.batch * rows_each;
@@ -168,8 +170,8 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
 // The producer warpgroup until there is work: the plan, and what it finds ready. Returns where the first box lies that
 // the lane looks up, in the warp that plans.
 template <class Cfg>
-ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_map, CUtensorMap const& kpe_map,
-                             SharedStorage<Cfg>& smem, int warp, int lane) {
+ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CacheMaps const& maps, SharedStorage<Cfg>& smem, int warp,
+                             int lane) {
   KeyPlace first{0, 0};
   if (warp == 0) {
     plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
@@ -187,10 +189,11 @@ ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_ma
     init_barriers(p, smem, lane);
   } else if (warp == 3) {
     uint32_t const epoch = read_epoch(p);
-    if (lane == 0 && p.box_rows) {
-      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&ckv_map));
-      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&kpe_map));
-    }
+    auto const prefetch = [](CUtensorMap const& map) {
+      cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&map));
+    };
+    if (lane == 0 && p.box_rows) prefetch(maps.ckv), prefetch(maps.kpe);
+    if (lane == 0 && p.box_rows == kTileKeys) prefetch(maps.ckv_end), prefetch(maps.kpe_end);
     prefetch_page_table(p, lane);
     if (lane == 0) smem.control.epoch = epoch;
   }
@@ -201,17 +204,16 @@ ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CUtensorMap const& ckv_ma
 
 template <class T, class Cfg>
 __global__ void __launch_bounds__(kThreads, 1)
-    mla_decode_kernel(__grid_constant__ MlaDecodeParams const p, __grid_constant__ CUtensorMap const ckv_map,
-                      __grid_constant__ CUtensorMap const kpe_map) {
+    mla_decode_kernel(__grid_constant__ MlaDecodeParams const p, __grid_constant__ CacheMaps const maps) {
   extern __shared__ uint8_t shared_bytes[];
   auto& smem = *reinterpret_cast<SharedStorage<Cfg>*>(shared_bytes);
   int const warp = cutlass::canonical_warp_idx_sync(), lane = threadIdx.x % 32;
   trace(kStarted, warp == 0 && lane == 0);
   if (warp < 4) {
     cutlass::arch::warpgroup_reg_dealloc<Cfg::kProducerRegisters>();
-    KeyPlace const first = prepare(p, ckv_map, kpe_map, smem, warp, lane);
+    KeyPlace const first = prepare(p, maps, smem, warp, lane);
     if (warp == 3) write_empty_requests(p, lane);
-    produce(p, ckv_map, kpe_map, smem, first, warp, lane);
+    produce(p, maps, smem, first, warp, lane);
     if (warp == 0) turn_workspace<Cfg>(p, smem.control.epoch, lane);
   } else {
     prefetch_query(p, threadIdx.x - 128);  // first, for it takes no length

@@ -4,20 +4,9 @@
 
 #include <cute/arch/copy_sm80.hpp>
 
-#include "workspace.cuh"
+#include "deal.cuh"
 
 namespace etap {
-
-ETAP_DEVICE int warp_sum(int v) { return __reduce_add_sync(~0u, v); }
-
-ETAP_DEVICE int inclusive_sum(int v, int lane) {
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    int const below = __shfl_up_sync(~0u, v, d);
-    if (lane >= d) v += below;
-  }
-  return v;
-}
 
 // Finds the request of lo to hi - 1 in which the running sum of weight(request) passes `target`, narrowing by 32 a
 // round. `prefix`: the sum before lo, then before the request, which is returned.
@@ -77,9 +66,6 @@ ETAP_DEVICE void write_end(Control<Cfg>& control, int index) {
   if (index == 0) control.num_pending = 0;
 }
 
-// Up to kMostOwned requests, each lane keeps its share of them: neighbours, whose lengths are on their way together.
-constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
-
 // Where the plan reads lengths that no lane keeps: again and again, so from shared memory unless there are very many.
 template <class Cfg>
 struct Lengths {
@@ -113,6 +99,20 @@ struct Lengths {
   }
 };
 
+// Where requests are dealt: the index-th of this CTA, or the end. One warp calls this.
+template <class Cfg>
+ETAP_DEVICE void next_dealt(MlaDecodeParams const& p, Control<Cfg>& control, int index, int lane) {
+  int const rank = dealt_rank(gridDim.x, blockIdx.x, index);
+  if (rank < control.dealt) {
+    int const request = RankedRequests<Cfg>(p, control, lane).find(rank);
+    Piece const piece = whole_piece(request, control.kept_tiles[request], blockIdx.x);
+    if (lane == 0) write_piece<Cfg>(p, control, index, piece, clamped_len(p, control.kept_len[request]));
+  } else if (lane == 0) {
+    write_end<Cfg>(control, index);
+  }
+  __syncwarp();
+}
+
 // Works out the next piece, or the end. One warp calls this.
 template <class Cfg>
 ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, PieceCursor& cursor, int index,
@@ -135,10 +135,12 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
 template <class Cfg, class Found>
 ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, Found&& found) {
   bool const owned = p.batch <= kMostOwned;
-  int const each = (p.batch + 31) / 32, first = lane * each, last = min(first + each, p.batch);
+  LaneRequests const requests(p, lane);
+  int const each = requests.each, first = requests.first, last = requests.last;
   bool const several = owned && each > 1;  // else what is about a lane's second request and the next is passed over
   Lengths<Cfg> const lengths(p, control);
   WorkTotals totals;
+  bool ranks = false;  // see make_plan
   int own_len[kOwnRequests];
   RequestWork own[kOwnRequests];
   if (owned) {
@@ -165,15 +167,23 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     }
   } else {
     if (lengths.kept(p)) lengths.bring(p, control, lane);
+    bool const keeps = Cfg::kDeals && lengths.kept(p);
+    bool single = true;  // row tile each
     ETAP_ROLLED
-    for (int b = first; b < last; ++b) totals.add(lengths(b));
+    for (int b = first; b < last; ++b) {
+      RequestWork const w = lengths(b);
+      totals.add(w);
+      single = single && w.row_tiles <= 1;
+      if (keeps) control.kept_tiles[b] = w.tiles * w.row_tiles;
+    }
+    ranks = keeps && __all_sync(~0u, single);
   }
   int const own_tiles = totals.tiles;
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
   int own_ctas[kOwnRequests], own_sum = 0;  // aligned
-  Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, [&](int share) {
+  Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, ranks, [&](int share) {
     own_sum = 0;
     if (owned) {
       own_sum = own_ctas[0] = aligned_ctas(own[0], share);
@@ -188,6 +198,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     return warp_sum(own_sum);
   });
   int const cta = blockIdx.x;
+  if (Cfg::kDeals && lane == 0) control.dealt = 0;
   if (plan.share && owned) {  // the common short case: the request's own lane has all it takes
     int const end = inclusive_sum(own_sum, lane);
     int prefix = end - own_sum;
@@ -215,6 +226,14 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     if (lane == 0) write_piece<Cfg>(p, control, 0, piece, len);
     return;
   }
+  if (Cfg::kDeals && plan.dealt) {
+    if (lane == 0) control.dealt = totals.virtual_requests, control.longest = totals.longest;
+    __syncwarp();
+    RankedRequests<Cfg>(p, control, lane).count();
+    next_dealt<Cfg>(p, control, 0, lane);
+    found(control.piece[0], control.piece[0].len);
+    return;
+  }
   int request = 0, prefix = 0;
   if (cta < plan.num_ctas) {
     int const target = plan_target(plan, cta), own_weight = plan.share ? own_sum : own_tiles;
@@ -234,8 +253,12 @@ template <class Cfg>
 ETAP_DEVICE void post_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int index, int lane) {
   if (index > 0) {
     smem.control.piece_empty[index % kPieceBuffers].wait((index / kPieceBuffers & 1) ^ 1);
-    PieceCursor cursor = smem.control.cursor;
-    next_piece<Cfg>(p, smem.control, cursor, index, lane);
+    if (Cfg::kDeals && smem.control.dealt) {
+      next_dealt<Cfg>(p, smem.control, index, lane);
+    } else {
+      PieceCursor cursor = smem.control.cursor;
+      next_piece<Cfg>(p, smem.control, cursor, index, lane);
+    }
   }
   __syncwarp();
   if (lane == 0) smem.control.piece_full[index % kPieceBuffers].arrive();

@@ -1,14 +1,15 @@
 // How the work of one launch is divided over CTAs: from lengths alone, on the device, without a host
 // synchronisation. Plain C++17 under ETAP_HD, so that the CPU tests run the partition the GPU runs.
 //
-// A request of n tiles and r row tiles is r "virtual requests" of n tiles each. Three ways to cut them:
+// A request of n tiles and r row tiles is r "virtual requests" of n tiles each. Four ways to cut them:
 //   aligned  every CTA gets one piece; a virtual request is cut into ceil(n / share) equal pieces
+//   dealt    whole requests, the longest first, to the CTAs in turn, to and fro
 //   whole    all tiles in one line, cut into equal shares; a virtual request goes as a whole where its first tile is
-//   flat     likewise, but cut where the shares end: a CTA may hold pieces of several requests, of which only its
-//            first and its last can be partial
-// In this order, the first that is balanced enough; flat if shares are long. A second piece in a CTA costs some 5 us
-// and each merge 2, while an uneven cut costs nothing as long as memory is the limit: CTAs that have more left draw
-// what those that are through leave.
+//   flat     likewise, but cut where the shares end, or where two virtual requests meet close by: a CTA may hold pieces
+//            of several requests, of which only its first and its last can be partial
+// In this order, the first that is balanced enough (whole: only equally long ones); flat if shares are long. Merges at
+// the end cost some 5 us, while an uneven cut costs little as long as memory is the limit: CTAs that have more left
+// draw what those that are through leave, until less than half of them are left.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -76,7 +77,16 @@ struct Plan {
   int num_ctas;     // CTAs that take part
   int share;        // aligned: most tiles per CTA; else 0
   EvenCut flat;     // of total_tiles over num_ctas
-  bool whole;       // not aligned: no virtual request is cut
+  bool whole;       // flat line: no virtual request is cut
+  int slack;        // flat: how far a cut may move, in tiles, to where two virtual requests meet
+  bool dealt;       // whole requests, by rank
+
+  // Where the cut that is due at `at` falls, in or at an end of the virtual request of `tiles` from `start` on.
+  ETAP_HD int cut(int at, int start, int tiles) const {
+    int const below = at - start, above = tiles - below;
+    if (min_int(below, above) > slack) return at;
+    return below <= above ? start : start + tiles;
+  }
 };
 
 struct Piece {      // in this order, nvcc 13.0 spills nothing on its way to shared memory
@@ -109,6 +119,9 @@ ETAP_HD int ctas_of(int tiles, int virtual_requests, int grid) {
 ETAP_HD int most_uneven(int ideal) { return ideal * 5 / 8 + 4; }
 ETAP_HD int most_uneven_aligned(int ideal) { return min_int(most_uneven(ideal), ideal / 8 + 12); }
 
+// How far a flat cut may move, in tiles, for a merge less (2 to 4 measured alike, 8 slower).
+constexpr int kMostSlack = 3;
+
 // Whether, memory being the limit, a second piece in each CTA costs less than what SMs would draw that the aligned cut
 // leaves without work: 0.8% of 128 requests of 128K keys, 0.5% of 16. (Of 128 of 32K it loses up to 0.6%, of 16 of 64K
 // 0.3%.) Measured.
@@ -116,22 +129,46 @@ ETAP_HD bool long_shares(int ideal, int virtual_requests, int grid) {
   return ideal >= (4 * virtual_requests <= grid ? 200 : 600);
 }
 
+// Lengths are told apart so far, `longest` being the most tiles: a bin is 1/32 of them or less.
+constexpr int kLengthBins = 64;
+ETAP_HD int length_bin(int tiles, int longest) {
+  while (longest >= kLengthBins) longest >>= 1, tiles >>= 1;
+  return tiles;
+}
+
+// Whether requests are dealt: one to two a CTA, not about alike, and none much longer than a share; none longer than
+// it where shares are longer, for the flat cut's merges weigh less there. Measured.
+ETAP_HD bool deals(WorkTotals const& totals, int grid, int ideal) {
+  constexpr int kShort = 64, kLong = 192;  // tiles
+  int const requests = totals.virtual_requests, most = ideal <= kShort ? ideal * 5 / 4 : ideal <= kLong ? ideal : 0;
+  return requests > grid && requests <= 2 * grid && totals.longest <= most &&
+         totals.longest > quotient(totals.tiles, requests) * 5 / 4;
+}
+
+// Dealt: the rank of a CTA's i-th request. Of 4 CTAs: 0 1 2 3, then 7 6 5 4. Requests without tiles have none.
+ETAP_HD int dealt_rank(int num_ctas, int cta, int i) {
+  return i % 2 ? (i + 1) * num_ctas - 1 - cta : i * num_ctas + cta;
+}
+
 // ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike. `uneven`:
-// memory is the limit, not the CTAs; else shares differ by an eighth at most.
+// memory is the limit, not the CTAs; else shares differ by an eighth at most. `ranks`: the caller can tell which request
+// has a rank by length_bin, and all have one row tile.
 template <class CtasFor>
-ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, CtasFor&& ctas_for) {
+ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, bool ranks, CtasFor&& ctas_for) {
   Plan plan;
   grid = ctas_of(totals.tiles, totals.virtual_requests, grid);
   plan.total_tiles = totals.tiles;
   plan.num_ctas = min_int(grid, totals.tiles);
   plan.share = 0;
   plan.whole = false;
+  plan.slack = 0;
+  plan.dealt = false;
   if (totals.tiles == 0) return plan;
   int const ideal = quotient_up(totals.tiles, grid);
+  bool const equal = totals.longest * totals.virtual_requests == totals.tiles;
   bool const flat = uneven && long_shares(ideal, totals.virtual_requests, grid);
   if (!flat && totals.virtual_requests <= grid) {
     int const eighth = max_int(1, ideal / 8), more = uneven ? most_uneven_aligned(ideal) : eighth;
-    bool const equal = totals.longest * totals.virtual_requests == totals.tiles;
     // The ideal share, then the one that gives every virtual request the same CTAs (always feasible, if it is about as
     // good), then larger ones.
     ETAP_ROLLED
@@ -149,9 +186,15 @@ ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, CtasFor&
       }
     }
   }
+  if (uneven && ranks && deals(totals, grid, ideal)) {
+    plan.dealt = true;
+    return plan;
+  }
   plan.flat = EvenCut(totals.tiles, plan.num_ctas);
-  // With less than one and a half each, few CTAs would be at work at the end.
-  plan.whole = !flat && uneven && 2 * totals.virtual_requests >= 3 * grid && totals.longest <= most_uneven(ideal);
+  plan.slack = uneven ? min_int(plan.flat.base / 4, kMostSlack) : 0;
+  // With less than one and a half each, few CTAs would be at work at the end; of unequal ones some would have far more.
+  bool const many = 2 * totals.virtual_requests >= 3 * grid;
+  plan.whole = equal && many && uneven && !flat && totals.longest <= most_uneven(ideal);
   return plan;
 }
 
@@ -178,18 +221,39 @@ ETAP_HD Piece aligned_piece(RequestWork w, int request, int prefix, int ctas, in
   return piece;
 }
 
-// Flat: the piece that begins at flat tile `at` of `cta`. `prefix`: tiles of the requests before this one.
+// Flat: the piece of the virtual request with flat tile `at` that `cta` has; part < 0 or >= num_parts: none, its cuts
+// have moved. `prefix`: tiles of the requests before this one.
 ETAP_HD Piece flat_piece(Plan const& plan, RequestWork w, int request, int prefix, int cta, int at) {
   Piece piece;
   piece.request = request;
   piece.row_tile = w.row_tiles == 1 ? 0 : quotient(at - prefix, w.tiles);
-  int const start = prefix + piece.row_tile * w.tiles;
-  piece.first_cta = plan.flat.owner(start);
-  piece.first_slot = 2 * piece.first_cta + (plan.flat.begin(piece.first_cta) < start ? 1 : 0);
-  piece.num_parts = plan.flat.owner(start + w.tiles - 1) - piece.first_cta + 1;
-  piece.part = cta - piece.first_cta;
-  piece.begin = at - start;
-  piece.end = min_int(w.tiles, plan.flat.begin(cta + 1) - start);
+  int const start = prefix + piece.row_tile * w.tiles, end = start + w.tiles;
+  auto const cut = [&](int of) { return plan.cut(plan.flat.begin(of), start, w.tiles); };
+  int first = plan.flat.owner(start), last = plan.flat.owner(end - 1);
+  if (first < last) {
+    bool const later = cut(first + 1) == start, sooner = cut(last) == end;
+    first += later, last -= sooner;
+  }
+  piece.first_cta = first;
+  piece.first_slot = 2 * first + 1;
+  piece.num_parts = last - first + 1;
+  piece.part = cta - first;
+  piece.begin = cta == first ? 0 : cut(cta) - start;
+  piece.end = cta == last ? w.tiles : cut(cta + 1) - start;
+  return piece;
+}
+
+// A request of one row tile and `tiles`, uncut.
+ETAP_HD Piece whole_piece(int request, int tiles, int cta) {
+  Piece piece;
+  piece.request = request;
+  piece.begin = 0;
+  piece.end = tiles;
+  piece.row_tile = 0;
+  piece.num_parts = 1;
+  piece.part = 0;
+  piece.first_cta = cta;
+  piece.first_slot = 2 * cta;
   return piece;
 }
 
@@ -226,20 +290,17 @@ struct PieceCursor {
       }
       if (!plan.whole) {
         piece = flat_piece(plan, w, request, prefix, cta, at);
-        next_tile += piece.end - piece.begin;
+        int const start = prefix + piece.row_tile * w.tiles;
+        bool const has = piece.part >= 0 && piece.part < piece.num_parts;
+        next_tile = start + (has ? piece.end : w.tiles);
+        if (!has) continue;
         return true;
       }
       int const row_tile = w.row_tiles == 1 ? 0 : quotient(at - prefix, w.tiles), start = prefix + row_tile * w.tiles;
       next_tile = start + w.tiles;
       if (start < at) continue;  // it began before this CTA's share
-      piece.request = request;
-      piece.begin = 0;
-      piece.end = w.tiles;
+      piece = whole_piece(request, w.tiles, cta);
       piece.row_tile = row_tile;
-      piece.num_parts = 1;
-      piece.part = 0;
-      piece.first_cta = cta;
-      piece.first_slot = 2 * cta;
       return true;
     }
     return false;

@@ -104,6 +104,9 @@ struct alignas(1024) SharedStorage : OperandsAndScores<Cfg> {
     uint32_t epoch;                    // of the workspace
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
     int kept_len[Cfg::kKeptRequests];        // cache_seqlens, where there are too many for a warp's registers
+    int dealt, longest;                      // requests that are dealt, or 0, and most tiles of one
+    int kept_tiles[Cfg::kDeals ? Cfg::kKeptRequests : 1];  // theirs
+    alignas(8) int of_bin[Cfg::kDeals ? kLengthBins : 1];  // how many are in each length_bin
     int kept_query[Cfg::kKeptRequests + 1];  // likewise cu_seqlens_q
   } control;
   static_assert(sizeof(Control) <= Cfg::kControlBytes);
@@ -145,6 +148,18 @@ ETAP_DEVICE int const* page_row(MlaDecodeParams const& p, int request) {
   return p.page_table + (p.page_indptr ? p.page_indptr[request] : request * p.page_table_stride);
 }
 
+// Where a run of keys lies: page and row in it.
+struct KeyPlace {
+  int page, row;
+};
+
+ETAP_DEVICE KeyPlace locate_key(MlaDecodeParams const& p, int request, int const* pages, int key) {
+  if (!p.page_table) return {p.cache_batch_idx ? p.cache_batch_idx[request] : request, key};
+  int entry, row;
+  p.page_divmod(entry, row, key);
+  return {__ldg(pages + entry), row};
+}
+
 // Element offset of row `row` (token x heads + head) of a request.
 ETAP_DEVICE int64_t row_offset(MlaDecodeParams const& p, RowStrides const& s, int request, int token0, int row) {
   int const token = p.heads_divmod.divide(row);
@@ -162,10 +177,6 @@ template <class Cfg>
 ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int cache_seqlen, int query_len) {
   return {(clamped_len(p, cache_seqlen) + kTileKeys - 1) / kTileKeys,
           (query_len * p.num_heads + Cfg::kRowTile - 1) / Cfg::kRowTile};
-}
-template <class Cfg>
-ETAP_DEVICE RequestWork request_work(MlaDecodeParams const& p, int request) {
-  return request_work<Cfg>(p, p.cache_seqlens[request], query_len(p, request));
 }
 
 }  // namespace etap

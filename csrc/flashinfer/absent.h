@@ -2,16 +2,14 @@
 // call through.
 #pragma once
 
-#include <cuda.h>
-
+#include "etap/cache_maps.h"
 #include "etap/launch.h"
 
-#define ETAP_ABSENT_TILE(NAME, ROW_TILE)                                                                          \
-  namespace etap {                                                                                                \
-  cudaError_t launch_##NAME##_##ROW_TILE(int, MlaDecodeParams const&, CUtensorMap const&, CUtensorMap const&, int, \
-                                         cudaStream_t) {                                                          \
-    return cudaErrorNotSupported;                                                                                 \
-  }                                                                                                               \
+#define ETAP_ABSENT_TILE(NAME, ROW_TILE)                                                                    \
+  namespace etap {                                                                                          \
+  cudaError_t launch_##NAME##_##ROW_TILE(int, MlaDecodeParams const&, CacheMaps const&, int, cudaStream_t) { \
+    return cudaErrorNotSupported;                                                                           \
+  }                                                                                                         \
   }
 #define ETAP_ABSENT(NAME)   \
   ETAP_ABSENT_TILE(NAME, 8)  \

@@ -1,23 +1,20 @@
 // Host side of a launch: TMA descriptors, workspace layout, choice of the instance.
 #include "etap/launch.h"
 
-#include <cuda.h>
-
 #include <algorithm>
 
+#include "etap/cache_maps.h"
 #include "etap/config.h"
 
 namespace etap {
 namespace {
 
-using Launcher = cudaError_t (*)(int, MlaDecodeParams const&, CUtensorMap const&, CUtensorMap const&, int,
-                                 cudaStream_t);
+using Launcher = cudaError_t (*)(int, MlaDecodeParams const&, CacheMaps const&, int, cudaStream_t);
 
 }  // namespace
 
-#define ETAP_DECLARE(NAME, ROW_TILE)                                                                       \
-  cudaError_t launch_##NAME##_##ROW_TILE(int, MlaDecodeParams const&, CUtensorMap const&, CUtensorMap const&, int, \
-                                         cudaStream_t);
+#define ETAP_DECLARE(NAME, ROW_TILE) \
+  cudaError_t launch_##NAME##_##ROW_TILE(int, MlaDecodeParams const&, CacheMaps const&, int, cudaStream_t);
 ETAP_DECLARE(bf16, 8)
 ETAP_DECLARE(bf16, 16)
 ETAP_DECLARE(bf16, 32)
@@ -77,7 +74,7 @@ int element_bytes(LaunchConfig const& config) { return config.cache == CacheForm
 
 // (columns, rows of a page, pages), in boxes of 128 bytes, or all columns where they are less, x box_rows rows.
 cudaError_t encode_cache(CUtensorMap* map, LaunchConfig const& config, void const* base, int columns,
-                         MlaDecodeParams const& p, int64_t page_stride, int64_t row_stride) {
+                         MlaDecodeParams const& p, int box_rows, int64_t page_stride, int64_t row_stride) {
   int const bytes = element_bytes(config), box_cols = std::min(columns, 128 / bytes);
   auto const encode = tensor_map_encoder();
   if (!encode) return cudaErrorNotSupported;
@@ -87,7 +84,7 @@ cudaError_t encode_cache(CUtensorMap* map, LaunchConfig const& config, void cons
   cuuint64_t const page_bytes =
       p.num_pages > 1 ? cuuint64_t(page_stride) * bytes : std::max<cuuint64_t>(row_bytes, 1024);
   cuuint64_t const strides[2] = {row_bytes, page_bytes};
-  cuuint32_t const box[3] = {cuuint32_t(box_cols), cuuint32_t(p.box_rows), 1}, unit[3] = {1, 1, 1};
+  cuuint32_t const box[3] = {cuuint32_t(box_cols), cuuint32_t(box_rows), 1}, unit[3] = {1, 1, 1};
   CUtensorMapDataType const type = bytes == 1                      ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : config.dtype == Dtype::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -149,20 +146,21 @@ cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config
   int p_parts = 0;
   cudaError_t status = resolve_p_parts(config, &p_parts);
   if (status != cudaSuccess) return status;
-  CUtensorMap ckv_map{}, kpe_map{};
-  if (params.box_rows) {
-    status = encode_cache(&ckv_map, config, params.ckv, kLatentDim, params, params.ckv_page_stride,
+  CacheMaps maps{};
+  auto const encode = [&](CUtensorMap* ckv, CUtensorMap* kpe, int box_rows) {
+    status = encode_cache(ckv, config, params.ckv, kLatentDim, params, box_rows, params.ckv_page_stride,
                           params.ckv_row_stride);
-    if (status == cudaSuccess) {
-      status = encode_cache(&kpe_map, config, params.kpe, rope_columns, params, params.kpe_page_stride,
-                            params.kpe_row_stride);
-    }
-    if (status != cudaSuccess) return status;
-  }
+    if (status != cudaSuccess) return;
+    status = encode_cache(kpe, config, params.kpe, rope_columns, params, box_rows, params.kpe_page_stride,
+                          params.kpe_row_stride);
+  };
+  if (params.box_rows) encode(&maps.ckv, &maps.kpe, params.box_rows);
+  if (status == cudaSuccess && params.box_rows == kTileKeys) encode(&maps.ckv_end, &maps.kpe_end, kEndRows);
+  if (status != cudaSuccess) return status;
   int const index = config.row_tile == 8 ? 0 : config.row_tile == 16 ? 1 : config.row_tile == 32 ? 2 : 3;
   auto const launch = kLaunchers[int(config.cache)][config.dtype == Dtype::kFp16][index];
   if (!launch) return cudaErrorInvalidValue;
-  return launch(p_parts, params, ckv_map, kpe_map, config.num_ctas, stream);
+  return launch(p_parts, params, maps, config.num_ctas, stream);
 }
 
 }  // namespace etap

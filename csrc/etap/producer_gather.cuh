@@ -1,0 +1,136 @@
+// The ring filled through cp.async gathers, where pages are too small for TMA, or element by element.
+#pragma once
+
+#include <type_traits>
+
+#include "producer_scales.cuh"
+
+namespace etap {
+
+// What the gathers take an element of the cache for.
+template <class Cfg>
+using CacheElement = std::conditional_t<Cfg::kE4m3, uint8_t, uint16_t>;
+
+// Byte offset of 16-byte column `col16` of row `row` in the rope chunk, as TMA would have put it.
+template <class Cfg>
+ETAP_DEVICE uint32_t rope_offset(uint32_t row, uint32_t col16) {
+  return Cfg::kRopeRowBytes == 64 ? row * 64 + ((col16 ^ (row >> 1 & 3)) << 4) : swizzled(row, col16);
+}
+
+// Brings the page table's entries of a tile to L2, from two threads on. They come from HBM, and are looked up only one
+// tile before they are used.
+ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int const* pages, int len, int tile, int thread) {
+  int const key = tile * kTileKeys + thread * 32;
+  if (p.page_table && key < len) prefetch_l2(pages + p.page_divmod.divide(key));
+}
+
+// cp.async, 16 bytes a thread: neighbouring threads share a row's 128 bytes. The copies themselves arrive at the full
+// barrier; the consumers fence between the proxies.
+template <class Cfg>
+ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                   RingPosition<Cfg>& at, int thread) {
+  using Element = CacheElement<Cfg>;
+  constexpr int kRows = 4;  // rows of a tile that one thread copies 16 bytes of, per chunk
+  constexpr int kVector = 16 / sizeof(Element);
+  int const col16 = thread % 8, first_row = thread / 8;
+  int const request = piece.request, len = piece.len, end = piece.end;
+  int const* const pages = piece.pages;
+  constexpr int kTilesAhead = 16;  // of the page table
+  if (thread < 2 * kTilesAhead) prefetch_entries(p, pages, len, piece.begin, thread);
+  KeyPlace next[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
+  ETAP_ROLLED
+  for (int tile = piece.begin - 1; tile < end; ++tile) {  // one tile of look-ups ahead
+    Element const* from[kRows];
+    KeyPlace place[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      place[i] = next[i];
+      from[i] = static_cast<Element const*>(p.kpe) + place[i].page * p.kpe_page_stride +
+                place[i].row * p.kpe_row_stride + col16 * kVector;
+      int const key = (tile + 1) * kTileKeys + first_row + 16 * i;
+      next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
+    }
+    if (tile < piece.begin) continue;
+    if constexpr (Cfg::kGroups) {
+      KeyPlace own = place[0];
+#pragma unroll
+      for (int i = 1; i < kRows; ++i) own = col16 == i ? place[i] : own;
+      if (col16 >= kRows) own.row = -1;
+      int const n = first_tile(smem, piece) + tile - piece.begin;
+      if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, n);
+    }
+    int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
+    int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
+    if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
+    int lane_col16 = col16;
+    if (Cfg::kE4m3) keep(lane_col16);  // else what follows from it is kept, and other things spilled
+    ETAP_ROLLED
+    for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
+      smem.control.empty[at.slot].wait(at.parity ^ 1);
+      bool const rope = Cfg::kRopeRowBytes == 64 && chunk < 0;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        // 16 rows further on, the swizzle is the same.
+        uint32_t const offset = rope ? rope_offset<Cfg>(first_row, lane_col16) + i * 16 * Cfg::kRopeRowBytes
+                                     : swizzled(first_row, lane_col16) + i * 16 * 128;
+        uint8_t* const to = smem.ring[at.slot] + offset;
+        if (place[i].row >= 0 && !(rope && col16 >= 4)) {
+          cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
+                                                       *reinterpret_cast<uint4*>(to));
+        }
+        from[i] += chunk == Cfg::kRingLatent / 2 - 1 ? wrap : Cfg::kRingCols;
+      }
+      cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));
+      at.advance();
+      if (chunk < 0) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          from[i] = static_cast<Element const*>(p.ckv) + place[i].page * p.ckv_page_stride +
+                    place[i].row * p.ckv_row_stride + col16 * kVector + first_col;
+        }
+      }
+    }
+  }
+}
+
+// Rows that are not 16-byte aligned: element by element, through registers.
+template <class Cfg>
+ETAP_DEVICE void load_piece_elements(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
+                                     RingPosition<Cfg>& at, int thread) {
+  using Element = CacheElement<Cfg>;
+  constexpr int kVector = 16 / sizeof(Element);
+  int const col16 = thread % 8;
+  ETAP_ROLLED
+  for (int step = piece.begin * Cfg::kRingTile; step < piece.end * Cfg::kRingTile; ++step) {
+    int const tile = step / Cfg::kRingTile, chunk = step % Cfg::kRingTile - 1;
+    bool const rope = Cfg::kRopeRowBytes == 64 && chunk < 0;
+    if constexpr (Cfg::kGroups) {
+      if (chunk < 0 && p.group_scale) {
+        int const key = tile * kTileKeys + thread;
+        bool const loads = thread < kTileKeys && key < piece.len;
+        KeyPlace const place = loads ? locate_key(p, piece.request, piece.pages, key) : KeyPlace{0, -1};
+        gather_scales(p, smem, place, thread, first_tile(smem, piece) + tile - piece.begin);
+      }
+    }
+    smem.control.empty[at.slot].wait(at.parity ^ 1);
+    ETAP_ROLLED
+    for (int row = thread / 8; row < min(kTileKeys, piece.len - tile * kTileKeys); row += 16) {
+      KeyPlace const place = locate_key(p, piece.request, piece.pages, tile * kTileKeys + row);
+      Element const* from = chunk < 0 ? static_cast<Element const*>(p.kpe) + place.page * p.kpe_page_stride +
+                                            place.row * p.kpe_row_stride
+                                      : static_cast<Element const*>(p.ckv) + place.page * p.ckv_page_stride +
+                                            place.row * p.ckv_row_stride +
+                                            Cfg::latent_column(chunk, (tile - piece.begin) & 1);
+      if (rope && col16 >= 4) break;
+      Element* to = reinterpret_cast<Element*>(smem.ring[at.slot] +
+                                               (rope ? rope_offset<Cfg>(row, col16) : swizzled(row, col16)));
+      for (int i = 0; i < kVector; ++i) to[i] = __ldg(from + col16 * kVector + i);
+    }
+    smem.control.full[at.slot].arrive();
+    at.advance();
+  }
+}
+
+}  // namespace etap
