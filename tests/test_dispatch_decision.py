@@ -355,16 +355,6 @@ def test_measured_rules() -> None:
     assert decide(call(batch=4, heads=17)) is None
 
 
-def test_many_requests_are_upstreams_with_17_to_32_rows() -> None:
-    for heads, batch in ((16, 133), (17, 132), (32, 132)):
-        assert choose(call(batch=batch, heads=heads)) == (True, decision.SUPPORTED)
-    for heads in (17, 32):
-        many = call(batch=133, heads=heads)
-        assert choose(many) == (False, "17 to 32 query rows, more requests than SMs: upstream is faster")
-        assert decide(many, Limits(only_where_faster=False)) is None
-        assert decide(many, rules=decision.FLASHINFER_RULES) is None, "FlashInfer is slower there"
-
-
 def test_length_bounds_come_from_the_host() -> None:
     assert call().length_bound == 32
     assert call(cache_seqlens=7).length_bound == 7

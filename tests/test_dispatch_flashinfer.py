@@ -6,13 +6,12 @@ import logging
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from dispatch_fixtures import BF16, E4M3, HOPPER, I32, Recorder, clean_modules, hopper, stub
+from dispatch_fixtures import BF16, E4M3, I32, Recorder, clean_modules, hopper, stub
 
 import etap_integration
 from etap_integration import numerics
@@ -118,15 +117,6 @@ def test_routed(module: ModuleType, options: dict[str, Any]) -> None:
         assert torch.equal(result, out.to(BF16))
     assert status().etap_calls == 4 and not wrapper.seen and not status().fallbacks
     assert options["operator"].calls[0][1]["max_seqlen_q"] == 2
-
-
-def test_many_requests_are_routed_with_32_rows(module: ModuleType, options: dict[str, Any]) -> None:
-    """FlashAttention-3 keeps them, where it is faster; FlashInfer is slower."""
-    step, few_sms = Step(heads=16), replace(HOPPER, sms=2)
-    enable(NAME, **options | {"machine": lambda device: few_sms})
-    wrapper = step.plan(module.BatchMLAPagedAttentionWrapper())
-    assert torch.equal(wrapper.run(*step.split()), step.exact()[0].to(BF16))
-    assert status().etap_calls == 1 and not status().fallbacks
 
 
 def test_lse_in_upstreams_form(module: ModuleType, options: dict[str, Any]) -> None:

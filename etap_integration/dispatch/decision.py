@@ -321,21 +321,12 @@ class Rule:
 
 
 # What measurements of the operator against an unpatched upstream found, one rule a region; then the cost model, which
-# its tests hold against measurements. All for a 16-bit cache. Where both upstreams are faster, then FlashAttention-3.
-FLASHINFER_RULES: tuple[Rule, ...] = (
-    # With 33 to 64 rows as fast as the better upstream in the mean on an H100 with v19 (kernel log), but 7% slower than
+# its tests hold against measurements. All for a 16-bit cache.
+MEASURED_RULES: tuple[Rule, ...] = (
+    # With 33 to 64 rows as fast as the better upstream in the mean on an H100 with v20 (kernel log), but 7% slower than
     # FlashInfer in one cell, 2% slower than FlashAttention-3 where caches are long. csrc/fa3/call.h has the same rule.
     Rule("more than 32 query rows: upstream is faster", lambda rows, batch, length, sms: rows > 32, rows_only=True),
     Rule("the cost model expects upstream to be faster", costmodel.upstream_wins),
-)
-MEASURED_RULES: tuple[Rule, ...] = (
-    *FLASHINFER_RULES,
-    # 200 requests of drawn lengths, on an H100 with v19 (kernel log, grid `ragged`): 9% faster with 256 to 2K keys, 2%
-    # with 1K to 8K, 2% slower with 4K to 32K. The lengths are not known here. A patched one has no such rule yet.
-    Rule(
-        "17 to 32 query rows, more requests than SMs: upstream is faster",
-        lambda rows, batch, length, sms: 16 < rows <= 32 and batch > sms,
-    ),
 )
 
 
@@ -372,9 +363,9 @@ def choose(call: Call, rules: tuple[Rule, ...] | None = None) -> tuple[bool, str
     return reason is None, reason or SUPPORTED
 
 
-def decide(call: Call, limits: Limits = DEFAULT_LIMITS, rules: tuple[Rule, ...] | None = None) -> str | None:
-    """None: run it on ETAP. Otherwise the reason why not. `rules`: as in `choose`."""
+def decide(call: Call, limits: Limits = DEFAULT_LIMITS) -> str | None:
+    """None: run it on ETAP. Otherwise the reason why not."""
     ok, reason = supports(call, limits)
     if ok and limits.only_where_faster:
-        ok, reason = choose(call, rules)
+        ok, reason = choose(call)
     return None if ok else reason

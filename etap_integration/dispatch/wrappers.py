@@ -21,7 +21,7 @@ from torch import Tensor
 from etap_integration.dispatch import routing
 from etap_integration.dispatch.bindings import Replacement
 from etap_integration.dispatch.calls import Call, machine_of
-from etap_integration.dispatch.decision import D_LATENT, D_ROPE, FLASHINFER_RULES, Limits, decide
+from etap_integration.dispatch.decision import D_LATENT, D_ROPE, Limits, decide
 from etap_integration.dispatch.routing import TALLY, FallbackError, Options, log
 from etap_integration.dispatch.targets import TARGETS, TargetError
 from etap_integration.flashinfer import jit, switch
@@ -121,7 +121,7 @@ class WrapperEngine:
 
     def decide(self, call: Call) -> str | None:
         """None: run it on ETAP. Otherwise the reason why not."""
-        return decide(call, self.limits, FLASHINFER_RULES)
+        return decide(call, self.limits)
 
     def run(self, call: Call, given: dict[str, Any]) -> Any:
         """The operator on `call`; the result as upstream returns it."""

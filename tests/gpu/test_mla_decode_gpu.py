@@ -116,6 +116,18 @@ def test_more_requests_than_sms(page_size: int) -> None:
     check(Problem(lengths=(0,) * 399 + (70,), page_size=page_size))
 
 
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_one_to_two_requests_an_sm(page_size: int, heads: int) -> None:
+    """Of drawn lengths: dealt whole, by length; some have none."""
+    batch = torch.cuda.get_device_properties(0).multi_processor_count * 3 // 2
+    for most in (300, 2500):
+        lengths = tuple(most // 4 + (137 * i * i + 5 * i) % (3 * most // 4) for i in range(batch))
+        check(Problem(lengths=lengths, heads=heads, page_size=page_size))
+        some = tuple(0 if i % 7 == 1 else n for i, n in enumerate(lengths))
+        check(Problem(lengths=some, heads=heads, page_size=page_size))
+
+
 @pytest.mark.parametrize("page_size", [0, 1, 64])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
 def test_one_long_request_among_short_ones(page_size: int, heads: int) -> None:

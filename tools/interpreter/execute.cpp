@@ -423,13 +423,22 @@ void Machine::atomic(Warp& w, int pc, Instruction const& i, uint32_t mask) {
   bool const red = i.words[0] == "red";
   Operand const& place = i.args[red ? 0 : 1];
   Type const t = i.types[0];
-  if (i.mode == 1) fail(w, pc, "atomic operation on shared memory");
+  bool const shared = i.mode == 1;
+  auto const bytes = uint32_t(bytes_of(t));
   EACH_LANE(l) {
     uint64_t const at = address(w, place, l), operand = lane(w, i.args[red ? 1 : 2], l);
-    if (!memory_.allowed(at, bytes_of(t), true)) fail(w, pc, "atomic operation out of bounds");
-    if (w.cta->stores.find(at)) w.cta->stores.drain_all();
+    void* memory = reinterpret_cast<void*>(at);
+    if (shared) {
+      bounds(w, pc, uint32_t(at), bytes, bytes);
+      check_read(w, pc, uint32_t(at), bytes, false);
+      check_write(w, pc, uint32_t(at), bytes);
+      memory = w.cta->shared.data() + at;
+    } else {
+      if (!memory_.allowed(at, bytes, true)) fail(w, pc, "atomic operation out of bounds");
+      if (w.cta->stores.find(at)) w.cta->stores.drain_all();
+    }
     uint64_t old = 0, made;
-    std::memcpy(&old, reinterpret_cast<void const*>(at), bytes_of(t));
+    std::memcpy(&old, memory, bytes);
     if (i.has("add"))
       made = old + operand;
     else if (i.has("exch"))
@@ -443,7 +452,7 @@ void Machine::atomic(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     else {
       fail(w, pc, "atomic operation");
     }
-    std::memcpy(reinterpret_cast<void*>(at), &made, bytes_of(t));
+    std::memcpy(memory, &made, bytes);
     if (!red) Lanes{w, i.args[0]}.set(l, old);
   }
 }
@@ -653,10 +662,11 @@ Machine::Next Machine::execute(Warp& w, Group& g, Instruction const& i, uint32_t
       if (!aligned_mask(w, g, uint32_t(lane(w, i.args[2], first(mask))))) return Next::Blocked;
       uint32_t const members = uint32_t(lane(w, i.args[2], first(mask))) & w.alive(),
                      bits = pred(w, i.args[1]) & members;
-      if (i.has("ballot"))
+      if (i.has("ballot")) {
         EACH_LANE(l) Lanes{w, i.args[0]}.set(l, bits);
-      else
+      } else {
         set_pred(w, i.args[0], (i.has("any") ? bits != 0 : bits == members) ? ~0u : 0u, mask);
+      }
       return Next::Continue;
     }
     case Op::Redux: {

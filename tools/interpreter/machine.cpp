@@ -173,7 +173,11 @@ bool Machine::step_warp(Warp& w) {
   if (chosen < 0) {
     bool all = !w.groups.empty();
     for (auto const& g : w.groups) all = all && g.block == Group::Converge;
-    if (all) fail(w, w.groups[0].pc, "lanes wait for each other at different instructions");
+    if (all) {
+      std::string places;
+      for (size_t n = 1; n < w.groups.size(); ++n) places += (n > 1 ? ", " : "; others at ") + where(w.groups[n].pc);
+      fail(w, w.groups[0].pc, "lanes wait for each other at different instructions" + places);
+    }
     return false;
   }
   if (random_() % 8) chosen = lowest;
