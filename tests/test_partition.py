@@ -171,6 +171,10 @@ def test_flat_cuts_move_to_where_requests_meet(partition, longest: int) -> None:
     work = partition(lengths, None, 16, 16, 132)
     loads = [sum(p.end - p.begin for p in w) for w in work]
     assert max(loads) <= -(-sum(loads) // 132) + 6 and min(loads) >= sum(loads) // 132 - 6
+    parts, even = (
+        sum(p.num_parts > 1 for w in cut for p in w) for cut in (work, partition(lengths, None, 16, 16, 132, False))
+    )
+    assert parts < even if longest > 1 else parts == even == 0
 
 
 def test_one_short_request_is_not_split_further_than_its_tiles(partition) -> None:
