@@ -37,7 +37,8 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
   for (auto const& w : work) totals.add(w);
   bool single = true;
   for (auto const& w : work) single = single && w.row_tiles <= 1;
-  bool const ranks = single && int(work.size()) > etap::kMostOwned && int(work.size()) <= etap::kept_requests(row_tile);
+  bool const ranks = single && etap::may_deal(row_tile) && int(work.size()) > etap::kMostOwned &&
+                     int(work.size()) <= etap::kept_requests(row_tile);
   std::vector<int> order(work.size());  // by length; the device finds the n-th with a warp-wide search
   for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
   auto const bin = [&](int b) {

@@ -145,7 +145,7 @@ def etap_model(
     if p_parts not in (1, 2):
         raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
-    groups = _tile_owners(q_nope, cu_seqlens_q, p_parts, shared_above=32)
+    groups = _tile_owners(q_nope, cu_seqlens_q, shared_above=8 if p_parts == 2 else 32)
     packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,11 +160,10 @@ def etap_model(
     return _per_request(*problem, attend, out_dtype or q_nope.dtype)
 
 
-def _tile_owners(q_nope: Tensor, cu_seqlens_q: Sequence[int] | Tensor | None, p_parts: int, shared_above: int) -> int:
-    """2 where each warpgroup has tiles of its own, 1 where both work on every tile: above so many rows always, and
-    above 8 with P in two parts."""
+def _tile_owners(q_nope: Tensor, cu_seqlens_q: Sequence[int] | Tensor | None, shared_above: int) -> int:
+    """2 where each warpgroup has tiles of its own, 1 where both work on every tile: above so many rows."""
     rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
-    return 1 if rows > shared_above or (rows > 8 and p_parts == 2) else 2
+    return 1 if rows > shared_above else 2
 
 
 def _packs_partials(groups: int, num_parts: int, dtype: torch.dtype, out_dtype: torch.dtype | None) -> bool:
@@ -196,7 +195,7 @@ def etap_e4m3_model(
     Each row of Q is brought to fp16 times a power of two, so that its largest magnitude is in [2^13, 2^15), its rope
     part times kpe_scale / ckv_scale and in two fp16 parts. P^T is rounded to fp16, in `p_parts` parts. A score's factor
     is softmax_scale x ckv_scale over the row's power of two; the output's is ckv_scale. Both warpgroups work on every
-    tile with more than 16 query rows, and with more than 8 where `p_parts` is 2.
+    tile with more than 16 query rows.
 
     With scales for each key and 128 latent columns (`ckv_scale_arr`), or a rope part of 16 bits, the latent and the
     rope part of Q have a power of two each, a 16-bit rope part none; S^T is added up group by group in fp32, times the
@@ -231,7 +230,7 @@ def etap_e4m3_model(
         kpe_cache = torch.cat([kpe_cache.float(), ckv_scale_arr], -1)
         problem = (q_nope, q_rope, ckv_cache.float(), kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
         return _per_request(*problem, attend_groups, out_dtype or q_nope.dtype)
-    groups = _tile_owners(q_nope, cu_seqlens_q, p_parts, shared_above=16)
+    groups = _tile_owners(q_nope, cu_seqlens_q, shared_above=16)
     packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
     ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
 

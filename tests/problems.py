@@ -302,9 +302,7 @@ def default_p_parts(problem: Problem, sms: int = 132) -> int:
     """16-bit parts of P where `precise` does not say (csrc/etap/launch.h)."""
     if problem.precise is not None:
         return 2 if problem.precise else 1
-    if problem.e4m3:
-        return 2 if sms != 78 and 8 < problem.rows <= 16 and problem.groups is None and not problem.rope16 else 1
-    return 1 if sms == 78 or problem.rows > 32 else 2
+    return 1 if sms == 78 or problem.rows > 32 or problem.e4m3 else 2
 
 
 def gpu_p_parts(problem: Problem) -> int:

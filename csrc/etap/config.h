@@ -2,6 +2,8 @@
 // the CPU tests compile this very file.
 #pragma once
 
+#include <cstdint>
+
 namespace etap {
 
 constexpr int kLatentDim = 512;                     // ckv columns; also the output width
@@ -33,6 +35,13 @@ constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile, false) +
 // Requests whose lengths the plan keeps: in registers (some a lane), or, of more, in shared memory.
 constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 constexpr int kept_requests(int row_tile) { return row_tile < 64 ? 1024 : 256; }
+// Whether a launch with P in two parts may deal requests by rank (see schedule.h).
+constexpr bool may_deal(int row_tile) { return row_tile < 64; }
+
+// A launch that reads no more of the cache has its keys evicted from L2 first: they are read once, and take the place
+// of one another rather than of what was written before, which would have to go to memory. Measured with 50 MB of L2: up
+// to 170 MB gain 4 to 10%, 250 MB lose 1%, 1.2 GB 5%.
+constexpr int64_t kEvictFirstBytes = 180 << 20;
 
 // Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3
 // cache has one scale for its latent and one for its rope part; or kGroups: a scale for each key and kScaleGroup latent
@@ -46,10 +55,10 @@ constexpr int kScaleTiles = 6;                      // tiles of scales in shared
 // parts that P is split in.
 // Wide: both warpgroups work on every tile, on every second latent chunk each, from which they make part of S^T and
 // their blocks of O^T: of 64 rows their registers hold no more, and of 16 and 32 a tile is done and a piece ends sooner
-// (5% of 512 keys, 1% of a long launch with 32 rows, measured; with an e4m3 cache and 32 rows 5 to 20%). Else each owns
-// whole tiles of keys, all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which
-// are too few to split, and for P in one part (an H20, whose tensor cores are the limit) but with those 32 rows. With
-// scales of groups, always wide, 16 rows or more.
+// (8% of 512 keys, 0.5% of a long launch, 2% with 32 rows, measured; with an e4m3 cache and 32 rows 5 to 20%). Else each
+// owns whole tiles of keys, all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which
+// are too few to split, for P in one part (an H20, whose tensor cores are the limit), and for an e4m3 cache and 16 rows
+// (12% of a long launch on an H200). With scales of groups, always wide, 16 rows or more.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
@@ -59,7 +68,8 @@ struct TileConfig {
   static constexpr bool kE4m3 = Format != CacheFormat::kQueryType;
   static constexpr bool kRope16 = Format == CacheFormat::kE4m3GroupsRope16;
   static constexpr bool kGroups = Format == CacheFormat::kE4m3Groups || kRope16;
-  static constexpr bool kWide = RowTile == 64 || kGroups || (RowTile > 8 && PParts == 2) || (RowTile == 32 && kE4m3);
+  static constexpr bool kWide =
+      RowTile == 64 || kGroups || (kE4m3 ? RowTile == 32 : RowTile > 8 && PParts == 2);
   static_assert(!kGroups || RowTile > 8);
   static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;  // rows that one warpgroup has the statistics of
   static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
@@ -86,6 +96,7 @@ struct TileConfig {
   }
   static constexpr int kRopeRowBytes = kRopeDim * (kRope16 ? 2 : kElementBytes);
   static constexpr int kRopeBytes = kTileKeys * kRopeRowBytes;
+  static constexpr int kTileBytes = kTileKeys * kLatentDim * kElementBytes + kRopeBytes;
   // Registers a thread of each role: the two consumer warpgroups and the producer share 3 x 168, what a launch gives.
   static constexpr int kConsumerRegisters = kE4m3 ? 208 : 216;
   static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumerRegisters;
@@ -109,10 +120,10 @@ struct TileConfig {
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
   static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
-  static constexpr bool kDeals = kUneven && RowTile < 64;           // and can deal requests
+  static constexpr bool kDeals = kUneven && may_deal(RowTile);
   static constexpr int kKeptRequests = kept_requests(RowTile);
-  // Statistics, pieces, barriers, lengths.
   static constexpr int kDealBytes = kDeals ? 4 * kKeptRequests + 256 : 0;
+  // Statistics, pieces, barriers, lengths.
   static constexpr int kControlBytes = 2048 + 96 * RowTile + kScaleBytes + 8 * kKeptRequests + kDealBytes;
   static constexpr int kFixedBytes =
       kQueryBytes + kProbBuffers * kProbVersions * kProbBytes + kGivenBytes + kControlBytes;
@@ -122,7 +133,7 @@ struct TileConfig {
   // not look after the other's (1.3% of 64K keys, measured: 18 chunks for 23). e4m3 chunks, which are free as soon as
   // they are read: more in flight at once come later (measured: 13 for 15 gain 2% of 16K keys, for 20 4%).
   static constexpr int kPaired = kRingMost / (2 * kRingTile) * (2 * kRingTile);
-  static constexpr int kRing = kWide && kE4m3 ? 13 : 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
+  static constexpr int kRing = kE4m3 ? 13 : 4 * kPaired >= 3 * kRingMost ? kPaired : kRingMost;
   static constexpr int kSharedBytes = kFixedBytes + kRing * kChunkBytes;
   static constexpr bool kTogether = kWide && kRing >= 2 * kRingTile;  // see await_slots
   // The chunks of a tile that lie where chunks of the other warpgroup's tiles did (see await_previous_pass).

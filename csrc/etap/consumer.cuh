@@ -169,8 +169,10 @@ ETAP_DEVICE void mask_scores(MlaDecodeParams const& p, MaskBounds const& mask, C
 template <class Cfg>
 ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int valid, ConsumerState<Cfg> const& st) {
   sync_group(st.group);
+  ETAP_ROLLED
   for (int c = 0; c < Cfg::kRingLatent; ++c) {
     at.advance();
+    ETAP_ROLLED
     for (int i = valid * 8 + st.warp * 32 + st.lane; i < kTileKeys * 8; i += 128) {
       *reinterpret_cast<uint4*>(smem.ring[at.slot] + i * 16) = make_uint4(0, 0, 0, 0);
     }

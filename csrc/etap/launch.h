@@ -30,11 +30,9 @@ constexpr int row_tile_for(int64_t rows, CacheFormat cache) {
 int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
 // 2, but 1 where the tensor cores are or would be the limit, on an H20 (the Hopper GPU with 78 SMs) and for 64 rows;
-// and for an e4m3 cache, whose P is float16, but for 16 rows, where 2 let both warpgroups work on every tile (see
-// TileConfig) and cost nothing.
+// and for an e4m3 cache, whose P is float16.
 constexpr int default_p_parts(CacheFormat cache, int row_tile, int sms) {
-  if (sms == 78 || row_tile == 64) return 1;
-  return cache == CacheFormat::kQueryType || (cache == CacheFormat::kE4m3 && row_tile == 16) ? 2 : 1;
+  return sms == 78 || row_tile == 64 || cache != CacheFormat::kQueryType ? 1 : 2;
 }
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it

@@ -182,6 +182,9 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
+  // Several row tiles of a request read its keys as often.
+  bool const little = totals.tiles <= kEvictFirstBytes / Cfg::kTileBytes && totals.virtual_requests <= p.batch;
+  if (lane == 0) control.cache_hint = little ? kEvictFirst : kEvictNormal;
   int own_ctas[kOwnRequests], own_sum = 0;  // aligned
   Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, ranks, [&](int share) {
     own_sum = 0;

@@ -37,7 +37,6 @@ struct BoxLane {
   }
 };
 
-constexpr uint64_t kCacheHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 constexpr int kShortPiece = 8;  // tiles
 
 // Where a ring of two tiles or more feeds a long piece, a tile's copies wait for all of its slots and go out together:
@@ -53,23 +52,24 @@ ETAP_DEVICE void await_slots(SharedStorage<Cfg>& smem, RingPosition<Cfg> const& 
   }
 }
 
-// The tile in which the length ends, behind `keys` of it: by as many lanes as it takes, each a box less than a tile.
+// A tile of `rows` keys in boxes less than a tile: a lane's box, if it `loads` one, lies at `place`, and goes to the
+// tile's rows from `row` on. One lane `leads`.
 template <class Cfg>
-ETAP_DEVICE void load_end_tma(CacheMaps const& maps, SharedStorage<Cfg>& smem, KeyPlace place, int keys, int odd,
-                              RingPosition<Cfg>& at, int lane) {
-  int const boxes = (keys + kEndRows - 1) / kEndRows, row = lane * kEndRows;
+ETAP_DEVICE void load_boxes(CUtensorMap const& ckv, CUtensorMap const& kpe, uint64_t hint, SharedStorage<Cfg>& smem,
+                            KeyPlace place, int row, bool loads, bool leads, int rows, int odd,
+                            RingPosition<Cfg>& at) {
   ETAP_ROLLED
   for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
     bool const rope = chunk < 0;
     int const row_bytes = rope ? Cfg::kRopeRowBytes : 128;
     auto& full = smem.control.full[at.slot];
     smem.control.empty[at.slot].wait(at.parity ^ 1);
-    if (lane == 0) full.arrive_and_expect_tx(boxes * kEndRows * row_bytes);
+    if (leads) full.arrive_and_expect_tx(rows * row_bytes);
     __syncwarp();
-    if (lane < boxes) {
-      cute::SM90_TMA_LOAD_3D::copy(rope ? &maps.kpe_end : &maps.ckv_end, reinterpret_cast<uint64_t*>(&full), kCacheHint,
+    if (loads) {
+      cute::SM90_TMA_LOAD_3D::copy(rope ? &kpe : &ckv, reinterpret_cast<uint64_t*>(&full), hint,
                                    smem.ring[at.slot] + row * row_bytes, rope ? 0 : Cfg::latent_column(chunk, odd),
-                                   place.row + row, place.page);
+                                   place.row, place.page);
     }
     at.advance();
   }
@@ -84,6 +84,7 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CacheMaps const& maps,
   int const boxes = 1 << own.log_boxes, tiles_per_round = 32 >> own.log_boxes;
   int const begin = piece.begin, end = piece.end, len = piece.len, request = piece.request;
   int const* const pages = piece.pages;
+  uint64_t const hint = smem.control.cache_hint;
   int const end_keys = len - (end - 1) * kTileKeys;  // in the last tile, if it is the request's
   int const full_end = end - (boxes == 1 && end_keys <= kTileKeys - kEndRows);
   ETAP_ROLLED
@@ -108,7 +109,7 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CacheMaps const& maps,
             smem.control.empty[to.slot].wait(to.parity ^ 1);
             smem.control.full[to.slot].arrive_and_expect_tx(chunk < 0 ? Cfg::kRopeBytes : kChunkBytes);
             cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &maps.kpe : &maps.ckv,
-                                         reinterpret_cast<uint64_t*>(&smem.control.full[to.slot]), kCacheHint,
+                                         reinterpret_cast<uint64_t*>(&smem.control.full[to.slot]), hint,
                                          smem.ring[to.slot], chunk < 0 ? 0 : Cfg::latent_column(chunk, 0) ^ flip, row,
                                          page);
             to.advance();
@@ -118,27 +119,15 @@ ETAP_DEVICE void load_piece_tma(MlaDecodeParams const& p, CacheMaps const& maps,
         at.advance(Cfg::kRingTile);
         continue;
       }
-      ETAP_ROLLED
-      for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
-        smem.control.empty[at.slot].wait(at.parity ^ 1);
-        if (lane == tile * boxes) {
-          smem.control.full[at.slot].arrive_and_expect_tx(chunk < 0 ? Cfg::kRopeBytes : kChunkBytes);
-        }
-        __syncwarp();
-        if (own.tile == tile) {
-          cute::SM90_TMA_LOAD_3D::copy(chunk < 0 ? &maps.kpe : &maps.ckv,
-                                       reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]), kCacheHint,
-                                       smem.ring[at.slot] + own.row * (chunk < 0 ? Cfg::kRopeRowBytes : 128),
-                                       chunk < 0 ? 0 : Cfg::latent_column(chunk, (first + tile - begin) & 1), box.row,
-                                       box.page);
-        }
-        at.advance();
-      }
+      load_boxes(maps.ckv, maps.kpe, hint, smem, box, own.row, own.tile == tile, lane == tile * boxes, kTileKeys,
+                 (first + tile - begin) & 1, at);
     }
-    if (full_end < end && end - first <= tiles_per_round) {
-      int const tile = full_end - first;
-      KeyPlace const place{__shfl_sync(~0u, box.page, tile), __shfl_sync(~0u, box.row, tile)};
-      load_end_tma(maps, smem, place, end_keys, (full_end - begin) & 1, at, lane);
+    if (full_end < end && end - first <= tiles_per_round) {  // the tile in which the length ends
+      int const tile = full_end - first, row = lane * kEndRows;
+      KeyPlace const place{__shfl_sync(~0u, box.page, tile), __shfl_sync(~0u, box.row, tile) + row};
+      int const count = (end_keys + kEndRows - 1) / kEndRows;
+      load_boxes(maps.ckv_end, maps.kpe_end, hint, smem, place, row, lane < count, lane == 0, count * kEndRows,
+                 (full_end - begin) & 1, at);
     }
   }
 }

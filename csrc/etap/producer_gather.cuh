@@ -35,6 +35,9 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
   int const col16 = thread % 8, first_row = thread / 8;
   int const request = piece.request, len = piece.len, end = piece.end;
   int const* const pages = piece.pages;
+  uint64_t const hint = smem.control.cache_hint;
+  uint32_t ring = shared_address(smem.ring);
+  keep(ring);  // else it is worked out again for each copy
   constexpr int kTilesAhead = 16;  // of the page table
   if (thread < 2 * kTilesAhead) prefetch_entries(p, pages, len, piece.begin, thread);
   KeyPlace next[kRows];
@@ -64,22 +67,16 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
     int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
     int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
     if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
-    int lane_col16 = col16;
-    if (Cfg::kE4m3) keep(lane_col16);  // else what follows from it is kept, and other things spilled
     ETAP_ROLLED
     for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
       smem.control.empty[at.slot].wait(at.parity ^ 1);
       bool const rope = Cfg::kRopeRowBytes == 64 && chunk < 0;
+      uint32_t const slot = ring + at.slot * kChunkBytes;
+      uint32_t const to = slot + (rope ? rope_offset<Cfg>(first_row, col16) : swizzled(first_row, col16));
+      uint32_t const step = rope ? 16 * Cfg::kRopeRowBytes : 16 * 128;  // 16 rows further on, the swizzle is the same
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        // 16 rows further on, the swizzle is the same.
-        uint32_t const offset = rope ? rope_offset<Cfg>(first_row, lane_col16) + i * 16 * Cfg::kRopeRowBytes
-                                     : swizzled(first_row, lane_col16) + i * 16 * 128;
-        uint8_t* const to = smem.ring[at.slot] + offset;
-        if (place[i].row >= 0 && !(rope && col16 >= 4)) {
-          cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(*reinterpret_cast<uint4 const*>(from[i]),
-                                                       *reinterpret_cast<uint4*>(to));
-        }
+        if (place[i].row >= 0 && !(rope && col16 >= 4)) copy_16b(to + i * step, from[i], hint);
         from[i] += chunk == Cfg::kRingLatent / 2 - 1 ? wrap : Cfg::kRingCols;
       }
       cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));

@@ -243,7 +243,7 @@ ETAP_HD Piece flat_piece(Plan const& plan, RequestWork w, int request, int prefi
   return piece;
 }
 
-// A request of one row tile and `tiles`, uncut.
+// A request of `tiles`, uncut; its first row tile.
 ETAP_HD Piece whole_piece(int request, int tiles, int cta) {
   Piece piece;
   piece.request = request;

@@ -56,6 +56,17 @@ ETAP_DEVICE bool sync_or(uint32_t barrier, uint32_t threads, bool value) {
   return result != 0;
 }
 
+// ---- copies of cache rows
+constexpr uint64_t kEvictNormal = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+constexpr uint64_t kEvictFirst = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// cp.async of 16 bytes; memory is asked for whole L2 lines at once. (CuTe's has no hint.)
+ETAP_DEVICE void copy_16b(uint32_t to, void const* from, uint64_t hint) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(from), "l"(hint));
+}
+
 // ---- wgmma, both operands in shared memory. A is a 64-row tile, K- or MN-major; B is K-major.
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;

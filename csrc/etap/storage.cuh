@@ -102,6 +102,7 @@ struct alignas(1024) SharedStorage : OperandsAndScores<Cfg> {
     PieceCursor cursor;                // of the warp that posts the pieces
     int next_chunk, num_pending;       // behind the last piece posted
     uint32_t epoch;                    // of the workspace
+    uint64_t cache_hint;               // with which keys are read
     PieceInfo pending[2];              // partial pieces of this CTA, to be merged
     int kept_len[Cfg::kKeptRequests];        // cache_seqlens, where there are too many for a warp's registers
     int dealt, longest;                      // requests that are dealt, or 0, and most tiles of one

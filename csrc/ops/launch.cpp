@@ -91,7 +91,7 @@ cudaError_t encode_cache(CUtensorMap* map, LaunchConfig const& config, void cons
   CUresult const result = encode(map, type, 3, const_cast<void*>(base), dims, strides, box, unit,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE,
                                  box_cols * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

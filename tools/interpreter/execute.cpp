@@ -846,7 +846,7 @@ void Machine::issue_copy(Warp& w, int pc, Instruction const& i, uint32_t mask) {
     copy.shared[l] = uint32_t(address(w, i.args[0], l));
     if (copy.arrive) continue;
     copy.global[l] = address(w, i.args[1], l);
-    copy.source_bytes[l] = i.args.size() > 3 ? uint32_t(lane(w, i.args[3], l)) : copy.bytes;
+    copy.source_bytes[l] = i.args.size() > 3 && !i.has("L2::cache_hint") ? uint32_t(lane(w, i.args[3], l)) : copy.bytes;
     bounds(w, pc, copy.shared[l], copy.bytes, copy.bytes);
     if (copy.source_bytes[l] && !memory_.allowed(copy.global[l], copy.source_bytes[l], false))
       fail(w, pc, "cp.async reads out of bounds");
