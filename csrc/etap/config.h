@@ -35,7 +35,7 @@ constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile, false) +
 // Requests whose lengths the plan keeps: in registers (some a lane), or, of more, in shared memory.
 constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
 constexpr int kept_requests(int row_tile) { return row_tile < 64 ? 1024 : 256; }
-// Whether a launch with P in two parts may deal requests by rank (see schedule.h).
+// Whether a launch may deal requests by rank (see schedule.h).
 constexpr bool may_deal(int row_tile) { return row_tile < 64; }
 
 // A launch that reads no more of the cache has its keys evicted from L2 first: they are read once, and take the place
@@ -120,7 +120,7 @@ struct TileConfig {
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
   static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
-  static constexpr bool kDeals = kUneven && may_deal(RowTile);
+  static constexpr bool kDeals = may_deal(RowTile);
   static constexpr int kKeptRequests = kept_requests(RowTile);
   static constexpr int kDealBytes = kDeals ? 4 * kKeptRequests + 256 : 0;
   // Statistics, pieces, barriers, lengths.
@@ -140,7 +140,7 @@ struct TileConfig {
   static constexpr int kRingShift = kRing % (2 * kRingTile);
   static constexpr int kForeignFirst = kRingShift > kRingTile ? kRingShift - kRingTile : 0;
   static constexpr int kForeignChunks = kRingShift > kRingTile ? 2 * kRingTile - kRingShift : kRingShift;
-  static_assert(kRing >= kRingTile + 1 && kRing >= kExchangeChunks);
+  static_assert(kRing >= kRingTile + 1 && kRing >= kExchangeChunks && kRing <= kRingFit);
 };
 
 }  // namespace etap

@@ -163,8 +163,10 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CacheMaps const& maps, Shared
     } else {
       int thread = warp * 32 + lane;
       keep(thread);  // else what follows from it is kept from piece to piece, and other things spilled
-      if (p.gather_16b) {
-        load_piece_gather(p, smem, piece, at, thread);
+      if (p.gather_16b && smem.control.cache_hint == kEvictFirst) {
+        load_piece_gather<true>(p, smem, piece, at, thread);
+      } else if (p.gather_16b) {
+        load_piece_gather<false>(p, smem, piece, at, thread);
       } else {
         load_piece_elements(p, smem, piece, at, thread);
       }

@@ -24,9 +24,24 @@ ETAP_DEVICE void prefetch_entries(MlaDecodeParams const& p, int const* pages, in
   if (p.page_table && key < len) prefetch_l2(pages + p.page_divmod.divide(key));
 }
 
+// Four 16-byte copies of a thread, of rows 16 apart, to `to` and `step` bytes further on each.
+template <bool EvictFirst, int Rows>
+ETAP_DEVICE void copy_rows(uint32_t to, uint32_t step, void const* const (&from)[Rows], bool const (&there)[Rows]) {
+#pragma unroll
+  for (int i = 0; i < Rows; ++i) {
+    if (!there[i]) continue;
+    if constexpr (EvictFirst) {
+      copy_16b(to + i * step, from[i], kEvictFirst);
+    } else {
+      copy_16b(to + i * step, from[i]);
+    }
+  }
+}
+
 // cp.async, 16 bytes a thread: neighbouring threads share a row's 128 bytes. The copies themselves arrive at the full
-// barrier; the consumers fence between the proxies.
-template <class Cfg>
+// barrier; the consumers fence between the proxies. Instructions here are the limit of long launches on an H200: so the
+// hint, which costs some, has a copy of its own.
+template <bool EvictFirst, class Cfg>
 ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                    RingPosition<Cfg>& at, int thread) {
   using Element = CacheElement<Cfg>;
@@ -35,23 +50,31 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
   int const col16 = thread % 8, first_row = thread / 8;
   int const request = piece.request, len = piece.len, end = piece.end;
   int const* const pages = piece.pages;
-  uint64_t const hint = smem.control.cache_hint;
   uint32_t ring = shared_address(smem.ring);
   keep(ring);  // else it is worked out again for each copy
   constexpr int kTilesAhead = 16;  // of the page table
   if (thread < 2 * kTilesAhead) prefetch_entries(p, pages, len, piece.begin, thread);
+  auto const load_chunk = [&](uint32_t offset, uint32_t step, void const* const(&from)[kRows],
+                              bool const(&there)[kRows]) {
+    smem.control.empty[at.slot].wait(at.parity ^ 1);
+    copy_rows<EvictFirst>(ring + at.slot * kChunkBytes + offset, step, from, there);
+    cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));
+    at.advance();
+  };
   KeyPlace next[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) next[i] = {0, -1};
   ETAP_ROLLED
   for (int tile = piece.begin - 1; tile < end; ++tile) {  // one tile of look-ups ahead
-    Element const* from[kRows];
+    void const* from[kRows];
+    bool there[kRows];
     KeyPlace place[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       place[i] = next[i];
       from[i] = static_cast<Element const*>(p.kpe) + place[i].page * p.kpe_page_stride +
                 place[i].row * p.kpe_row_stride + col16 * kVector;
+      there[i] = place[i].row >= 0 && col16 * 16 < Cfg::kRopeRowBytes;
       int const key = (tile + 1) * kTileKeys + first_row + 16 * i;
       next[i] = key < len && tile + 1 < end ? locate_key(p, request, pages, key) : KeyPlace{0, -1};  // row < 0: no key
     }
@@ -64,30 +87,22 @@ ETAP_DEVICE void load_piece_gather(MlaDecodeParams const& p, SharedStorage<Cfg>&
       int const n = first_tile(smem, piece) + tile - piece.begin;
       if (p.group_scale) gather_scales(p, smem, own, first_row + 16 * col16, n);
     }
-    int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
-    int const wrap = first_col ? Cfg::kRingCols - kLatentDim : Cfg::kRingCols;  // after half of them, back to the first
     if (thread < 2) prefetch_entries(p, pages, len, tile + kTilesAhead, thread);
+    load_chunk(rope_offset<Cfg>(first_row, col16), 16 * Cfg::kRopeRowBytes, from, there);  // the swizzle repeats
+    int const first_col = Cfg::latent_column(0, (tile - piece.begin) & 1);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      from[i] = static_cast<Element const*>(p.ckv) + place[i].page * p.ckv_page_stride +
+                place[i].row * p.ckv_row_stride + col16 * kVector + first_col;
+      there[i] = place[i].row >= 0;
+    }
+    int const wrap = first_col ? 128 - kLatentDim * int(sizeof(Element)) : 128;  // after half of them, to the first
     ETAP_ROLLED
-    for (int chunk = -1; chunk < Cfg::kRingLatent; ++chunk) {
-      smem.control.empty[at.slot].wait(at.parity ^ 1);
-      bool const rope = Cfg::kRopeRowBytes == 64 && chunk < 0;
-      uint32_t const slot = ring + at.slot * kChunkBytes;
-      uint32_t const to = slot + (rope ? rope_offset<Cfg>(first_row, col16) : swizzled(first_row, col16));
-      uint32_t const step = rope ? 16 * Cfg::kRopeRowBytes : 16 * 128;  // 16 rows further on, the swizzle is the same
+    for (int chunk = 0; chunk < Cfg::kRingLatent; ++chunk) {
+      load_chunk(swizzled(first_row, col16), 16 * 128, from, there);
+      int const on = chunk == Cfg::kRingLatent / 2 - 1 ? wrap : 128;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (place[i].row >= 0 && !(rope && col16 >= 4)) copy_16b(to + i * step, from[i], hint);
-        from[i] += chunk == Cfg::kRingLatent / 2 - 1 ? wrap : Cfg::kRingCols;
-      }
-      cutlass::arch::cpasync_barrier_arrive_noinc(reinterpret_cast<uint64_t*>(&smem.control.full[at.slot]));
-      at.advance();
-      if (chunk < 0) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          from[i] = static_cast<Element const*>(p.ckv) + place[i].page * p.ckv_page_stride +
-                    place[i].row * p.ckv_row_stride + col16 * kVector + first_col;
-        }
-      }
+      for (int i = 0; i < kRows; ++i) from[i] = static_cast<uint8_t const*>(from[i]) + on;
     }
   }
 }

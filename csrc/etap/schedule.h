@@ -150,9 +150,12 @@ ETAP_HD int dealt_rank(int num_ctas, int cta, int i) {
   return i % 2 ? (i + 1) * num_ctas - 1 - cta : i * num_ctas + cta;
 }
 
+// Shares that may be uneven whatever the limit is, in tiles: what merges and second pieces cost weighs more. Measured.
+constexpr int kShortShare = 32;
+
 // ctas_for(share): the sum of aligned_ctas. It may be a warp-wide reduction: every lane calls it alike. `uneven`:
-// memory is the limit, not the CTAs; else shares differ by an eighth at most. `ranks`: the caller can tell which request
-// has a rank by length_bin, and all have one row tile.
+// memory is the limit, not the CTAs; else shares differ by an eighth at most, but short ones. `ranks`: the caller can
+// tell which request has a rank by length_bin, and all have one row tile.
 template <class CtasFor>
 ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, bool ranks, CtasFor&& ctas_for) {
   Plan plan;
@@ -165,6 +168,7 @@ ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, bool ran
   plan.dealt = false;
   if (totals.tiles == 0) return plan;
   int const ideal = quotient_up(totals.tiles, grid);
+  uneven = uneven || ideal <= kShortShare;
   bool const equal = totals.longest * totals.virtual_requests == totals.tiles;
   bool const flat = uneven && long_shares(ideal, totals.virtual_requests, grid);
   if (!flat && totals.virtual_requests <= grid) {

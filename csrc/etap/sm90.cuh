@@ -60,7 +60,10 @@ ETAP_DEVICE bool sync_or(uint32_t barrier, uint32_t threads, bool value) {
 constexpr uint64_t kEvictNormal = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 constexpr uint64_t kEvictFirst = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// cp.async of 16 bytes; memory is asked for whole L2 lines at once. (CuTe's has no hint.)
+// cp.async of 16 bytes to shared address `to`, as CuTe's, or with a hint, which costs instructions.
+ETAP_DEVICE void copy_16b(uint32_t to, void const* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"(to), "l"(from));
+}
 ETAP_DEVICE void copy_16b(uint32_t to, void const* from, uint64_t hint) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;"
                :
