@@ -85,6 +85,7 @@ SM_STREAM_TB_S = 4.32 / 78  # what one SM was seen to stream when 78 share an H2
 LAUNCH_US = 4.8  # of any kernel, from the memory floor at short lengths
 FLUSH_MB = 44.0  # dirty lines that a call with a cold L2 evicts before its reads run free
 FLUSH_SHARE = 0.546  # such lines per byte read, until there are no more
+EVICT_FIRST_MB = 188.7  # of cache that a launch of ours reads with evict-first at most (kEvictFirstBytes)
 
 
 def gpu(name: str) -> Gpu:
@@ -266,6 +267,7 @@ class Implementation:
         small_page: factor on the memory time with a page size below 8.
         e4m3_cycles: cycles of one tile of an e4m3 cache, widening included; None: it has no such kernel.
         e4m3_memory, e4m3_small_page: as `memory` and `small_page`, for such a cache.
+        evict_first: share of the dirty lines that it leaves in L2, up to EVICT_FIRST_MB.
     """
 
     name: str
@@ -281,12 +283,13 @@ class Implementation:
     e4m3_cycles: float | None = None
     e4m3_memory: float = 0.9
     e4m3_small_page: float = 1.1
+    evict_first: float = 0.0
 
 
 # fixed_us, memory, row_us, partial_us, small_page: from one H200 (docs/kernel-log.md); ETAP's fixed_us and row_us from
 # an H100 with v16, which fits what v15 took on an H200 within 5%, too. tensor: FlashAttention-3's, FlashInfer's and the
 # two published kernels' from their H20 throughput in arXiv:2506.01969, ETAP's from the emulated H20. reread: from one
-# measurement, 64 rows at 4K in two tiles of 32.
+# measurement, 64 rows at 4K in two tiles of 32. evict_first: v21, 16 requests of 4K on an H200 and an H100.
 FA3 = Implementation(
     "fa3", query_major_tile, fa3_share, 12.1, 0.948, 0.93, partial_us=0.045, row_us=0.2, small_page=1.04
 )
@@ -298,7 +301,7 @@ QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
     "etap", etap_tile, even_share, 5.6, 0.955, 0.90, partial_us=0.01, row_us=0.17, reread=0.35, small_page=1.03,
-    e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4,
+    e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4, evict_first=0.3,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}
 UPSTREAMS = ("fa3", "flashinfer")
@@ -335,10 +338,14 @@ class Estimate:
         return self.total_us / self.hbm_us
 
 
+def _flush_us(problem: Problem, device: Gpu) -> float:
+    """What writing back dirty lines adds to the memory floor with a cold L2."""
+    return min(FLUSH_SHARE * problem.kv_bytes / 1e6, FLUSH_MB) / device.stream_tb_s
+
+
 def floor_us(problem: Problem, device: Gpu) -> float:
     """The memory floor: launch, and the KV bytes once, with a cold L2 whose dirty lines are written back meanwhile."""
-    megabytes = problem.kv_bytes / 1e6
-    return LAUNCH_US + (megabytes + min(FLUSH_SHARE * megabytes, FLUSH_MB)) / device.stream_tb_s
+    return LAUNCH_US + problem.kv_bytes / 1e6 / device.stream_tb_s + _flush_us(problem, device)
 
 
 def predict(problem: Problem, device: Gpu, implementation: Implementation, p_parts: int | None = None) -> Estimate:
@@ -366,9 +373,11 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
     stream = problem.kv_bytes / 1e6 / device.stream_tb_s
     gathered, rate = (i.small_page, i.memory) if wide else (i.e4m3_small_page, i.e4m3_memory)
     again = (gathered if problem.page_size < 8 else 1.0) * (1 + i.reread * (instructions.passes - 1))
+    evicts_first = problem.kv_bytes / 1e6 <= EVICT_FIRST_MB and instructions.passes == 1
+    spared = i.evict_first * _flush_us(problem, device) if evicts_first else 0.0
     candidates = {
         "tensor": per_tile * microseconds,
-        "memory": floor - LAUNCH_US + stream * (again / rate - 1),
+        "memory": floor - LAUNCH_US + stream * (again / rate - 1) - spared,
         "SM stream": tiles * tile_bytes * again / 1e6 / SM_STREAM_TB_S,
     }
     bound = max(candidates, key=lambda name: candidates[name])

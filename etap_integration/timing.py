@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,10 @@ class Sample:
         ordered = sorted(kept)
         late = len(late_us) / max(1, len(on_time_us) + len(late_us))
         return cls(quantile(ordered, 0.5), quantile(ordered, 0.2), quantile(ordered, 0.8), len(ordered), late)
+
+    def over(self, calls: int) -> Sample:
+        """Of one call, where each sample is the time of `calls`."""
+        return replace(self, **{name: getattr(self, name) / calls for name in ("median_us", "p20_us", "p80_us")})
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
@@ -108,6 +112,10 @@ class Timer:
     def __init__(self, budget: Budget | None = None, flush_bytes: int = 256 << 20) -> None:
         self.budget = budget or Budget()
         self._flush_buffer = torch.empty(flush_bytes // 4, dtype=torch.int32, device="cuda")
+
+    def with_warm_cache(self) -> Timer:
+        """The same without the flush."""
+        return Timer(self.budget, flush_bytes=0)
 
     def _enqueue(self, call: Call, samples: int) -> list[_Span]:
         spans = []

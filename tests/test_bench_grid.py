@@ -104,6 +104,12 @@ def test_quantities_and_their_bounds():
     assert not at_least.reached(5.9, at_least.limit)
 
 
+def test_warm_grid_has_the_lengths_of_one_request_in_bars():
+    bars = {cell.problem for cell in grid.named("bars").cells if cell.mode == GRAPH}
+    assert {cell.problem for cell in grid.named("warm").cells} == bars
+    assert {cell.mode for cell in grid.named("warm").cells} == {grid.WARM_GRAPH}
+
+
 def test_ragged_grid_draws_lengths_for_every_batch():
     problems = [cell.problem for cell in grid.named("ragged").cells]
     assert len(set(problems)) == len(problems)

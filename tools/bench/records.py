@@ -43,7 +43,7 @@ class Row:
     Attributes:
         impl: implementation, one of `IMPLEMENTATIONS`.
         kv_dtype, batch, kv_len, heads, q_len, page_size, shortest: the problem, see `tools.bench.problem.Problem`.
-        mode: `eager` or `graph`.
+        mode: `eager`, `graph` or `warm-graph`, see `tools.bench.grid.Cell`.
         emulated: null, or `h20` for throttled builds on 78 SMs.
         median_us, p20_us, p80_us: quantiles of the samples.
         rmse, max_error: root mean square and largest error of the output.
@@ -92,7 +92,7 @@ class Row:
         for name, known in (
             ("impl", IMPLEMENTATIONS),
             ("kv_dtype", ("bf16", "fp16", "e4m3", "fp8_ds_mla")),
-            ("mode", ("eager", "graph")),
+            ("mode", ("eager", "graph", "warm-graph")),
             ("emulated", (None, "h20")),
         ):
             if getattr(self, name) not in known:
