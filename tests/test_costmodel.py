@@ -91,14 +91,14 @@ def test_within_15_percent_of_the_emulated_h20(name: str, measured: float) -> No
 
 
 def recorded(shortest: int) -> list[tuple[str, records.Row, costmodel.Gpu]]:
-    """Every recorded row of so many keys or more, all requests alike, on a GPU and of a cache that the model knows, of
-    the last run in each file."""
+    """Every recorded row of so many keys or more with a cold L2, all requests alike, on a GPU and of a cache that the
+    model knows, of the last run in each file."""
     found = []
     for path in sorted(records.RESULTS.glob("*.jsonl")):
         for row in report.latest_run(records.read(path)):
             gpu = next((name for name in ("h200", "h100") if name.upper() in row.gpu), None)
             known = gpu is not None and row.kv_dtype in costmodel.KV_BYTES and row.impl in ("floor", *IMPLEMENTATIONS)
-            if known and row.kv_len >= shortest and not row.shortest:
+            if known and row.kv_len >= shortest and not row.shortest and row.mode != "warm-graph":
                 found.append((path.name, row, GPUS["h20-emulated" if row.emulated else gpu]))
     return found
 

@@ -288,7 +288,7 @@ def test_patched_module_is_left_alone(module: ModuleType, options: dict[str, Any
     step = Step()
     set_to: list[tuple[str, Any]] = []
     monkeypatch.setattr(switch, "set_mode", lambda mode: set_to.append(("mode", mode)))
-    monkeypatch.setattr(switch, "set_max_rows", lambda rows: set_to.append(("rows", rows)))
+    monkeypatch.setattr(switch, "lower_max_rows", lambda rows: set_to.append(("rows", rows)))
     wrapper = step.plan(module.BatchMLAPagedAttentionWrapper())
     jit._loaded["demo"] = wrapper._cached_module
     enable(NAME, **options, max_rows=24)
@@ -302,7 +302,7 @@ def test_patched_module_is_left_alone(module: ModuleType, options: dict[str, Any
     assert set_to == [
         ("rows", 24),
         ("mode", "auto"),
-        ("rows", 32),
+        ("rows", 64),
         ("mode", "always"),
         ("rows", 24),
         ("mode", "auto"),

@@ -12,14 +12,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from flashinfer_fixtures import MANIFEST, make_package
 from patching_fixtures import read_tree
 from typer.testing import CliRunner
 
-from etap_integration.flashinfer import activation, jit, overlay
+from etap_integration.flashinfer import activation, jit, overlay, switch
 from etap_integration.flashinfer.overlay import UnsupportedFlashInferError
 from etap_integration.patching import cli, locations, series
 from etap_integration.patching.errors import TreeWriteError, UnknownNameError
@@ -211,6 +212,44 @@ def test_specification(monkeypatch) -> None:
     assert module == f"module {name}" and heard == [Path("/library") / name]
     assert jit.loaded_libraries() == {name: Path("/library") / name}
     assert jit.is_patched_module(module) and not jit.is_patched_module(plain.load())
+
+
+class Library:
+    """A patched module's C interface, as ctypes gives it, with one of its settings."""
+
+    rows: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, path: str) -> None:
+        self.name = Path(path).name
+        self.rows.setdefault(self.name, jit.MAX_ROWS)
+        self.etap_flashinfer_reason = self.etap_flashinfer_count = SimpleNamespace()
+        self.etap_flashinfer_module = lambda: self.name.encode()
+        self.etap_flashinfer_module.restype = None
+
+    def etap_flashinfer_set_max_rows(self, rows: int) -> None:
+        self.rows[self.name] = rows
+
+
+def test_row_limits_of_modules(monkeypatch) -> None:
+    """A module for an e4m3 cache takes 64 rows by default, others 32, until told else."""
+    for name, empty in (("_specs", {}), ("_loaded", {}), ("_on_load", [])):
+        monkeypatch.setattr(jit, name, empty)
+    monkeypatch.setattr(switch, "_wanted", {})
+    monkeypatch.setattr(Library, "rows", {})
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    plain, e4m3 = (jit.module_name(uri(kv=kv), "fa3") for kv in ("bf16", "e4m3"))
+    jit.jit_spec(Spec, e4m3, []).load()
+    assert Library.rows == {e4m3: 64}
+    switch.lower_max_rows(48)
+    jit.jit_spec(Spec, plain, []).load()
+    assert Library.rows == {e4m3: 48, plain: 32}
+    switch.lower_max_rows(100)
+    assert Library.rows == {e4m3: 64, plain: 32}
+    switch.set_max_rows(40)
+    jit.jit_spec(Spec, e4m3, []).load()
+    assert Library.rows == {e4m3: 40, plain: 40}
+    with pytest.raises(ValueError, match="rows: -1"):
+        switch.lower_max_rows(-1)
 
 
 def test_generator_hook_needs_no_torch() -> None:

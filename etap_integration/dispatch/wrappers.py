@@ -254,7 +254,7 @@ class RunRoute:
         """Also sets the switch and the row limit of patched modules."""
         self._engine = engine
         if engine is not None:
-            switch.set_max_rows(min(engine.options.max_rows, switch.DEFAULT_MAX_ROWS))
+            switch.lower_max_rows(engine.options.max_rows)
         switch.set_mode("never" if engine is None else "always" if engine.strict else "auto")
 
 

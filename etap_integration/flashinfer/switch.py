@@ -14,10 +14,10 @@ from etap_integration.flashinfer import jit
 from etap_integration.patching.errors import UnknownNameError
 
 MODES = ("auto", "always", "never")
-DEFAULT_MAX_ROWS = 32  # csrc/flashinfer/adapter.cu: beyond, upstream is faster in some cells by up to 9%
 
 _lock = threading.Lock()
 _wanted: dict[str, int] = {}  # of the settings that the caller made
+_LOWER_ROWS = "lower_rows"  # max_rows, where that is less than a module's default
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,20 @@ def set_mode(mode: str) -> None:
 
 
 def set_max_rows(rows: int) -> None:
-    """Calls with more query rows (num_heads x the longest query) are left to upstream. ValueError below 0."""
+    """Calls with more query rows (num_heads x the longest query) are left to upstream; by default those with more than
+    32, or 64 with an e4m3 cache. ValueError below 0."""
+    _set("max_rows", _checked_rows(rows))
+
+
+def lower_max_rows(rows: int) -> None:
+    """As `set_max_rows`, but a module whose default is less keeps that."""
+    _set(_LOWER_ROWS, _checked_rows(rows))
+
+
+def _checked_rows(rows: int) -> int:
     if type(rows) is not int or rows < 0:
         raise ValueError(f"rows: {rows!r}, expected an int of at least 0")
-    _set("max_rows", rows)
+    return rows
 
 
 def set_p_parts(parts: int) -> None:
@@ -90,6 +100,8 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def _set(setting: str, value: int) -> None:
     with _lock:
+        if setting in ("max_rows", _LOWER_ROWS):  # the last of the two holds
+            _wanted.pop("max_rows", None), _wanted.pop(_LOWER_ROWS, None)
         _wanted[setting] = value
         jit.on_load(_apply_all)
         paths = list(jit.loaded_libraries().values())
@@ -106,4 +118,7 @@ def _apply_all(path: Path) -> None:
 
 
 def _apply(library: ctypes.CDLL, setting: str, value: int) -> None:
+    if setting == _LOWER_ROWS:
+        name = library.etap_flashinfer_module().decode()
+        setting, value = "max_rows", min(value, jit.default_max_rows(name))
     getattr(library, f"etap_flashinfer_set_{setting}")(value)

@@ -35,13 +35,13 @@ def latest(name: str) -> list[Row]:
     return report.latest_run(records.read(path)) if path.exists() else []
 
 
-def conditions(rows: Sequence[Row], sources: str | None) -> str:
+def conditions(rows: Sequence[Row], sources: str | None, cache: str = "cold L2") -> str:
     """One line on where and when rows of one run were measured, and whether they are stale."""
     first = rows[0]
     upstream = sorted({r.upstream for r in rows if r.upstream})
     text = (
         f"{first.gpu}, driver {first.driver}, torch {first.torch}, {', '.join(upstream)}; run `{first.run}`, sources "
-        f"`{first.sources[:12]}`; medians, cold L2, launch included"
+        f"`{first.sources[:12]}`; medians, {cache}, launch included"
     )
     if sources is not None and first.sources != sources:
         return f"**Stale: measured from other kernel sources than this tree's.** {text}."
@@ -87,8 +87,8 @@ def _warm(sources: str | None) -> list[str]:
     rows = latest("warm")
     if not rows:
         return []
-    title = f"The same with a warm L2, {WARM_CALLS} calls back to back in a graph, µs a call:"
-    return [title, _table(_selected(rows, mode=WARM_GRAPH)), conditions(rows, sources)]
+    title = f"Batch 1, {WARM_CALLS} calls back to back in a CUDA graph, L2 as the call before left it, µs a call:"
+    return [title, _table(_selected(rows, mode=WARM_GRAPH)), conditions(rows, sources, "warm L2")]
 
 
 def _summary(rows: Sequence[Row], impl: str) -> list[str]:
