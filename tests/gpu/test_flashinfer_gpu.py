@@ -128,8 +128,20 @@ PROBLEMS_E4M3 = [
 ]
 PROBLEMS_E4M3 += [
     Problem(lengths=(700, 64, 0, 3), e4m3=True, heads=heads, sq=sq, causal=True, page_size=16)
-    for heads, sq in ((8, 1), (16, 2), (32, 1))
+    for heads, sq in ((8, 1), (16, 2), (32, 1), (16, 4), (64, 1))
 ]
+
+
+def test_rows_that_an_e4m3_module_takes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64, set as it is loaded: upstream's kernel takes several times as long."""
+    case = Case(Problem(lengths=(700, 64), e4m3=True, heads=64, page_size=16))
+    patched_wrapper(case)
+    switch.set_max_rows(32)  # of the module that is loaded by now
+    monkeypatch.setattr(switch, "_wanted", {})
+    wrapper = patched_wrapper(case)  # loads it again
+    before = taken()
+    judge(case.built, *case.run(wrapper), gpu_p_parts(case.problem))
+    assert taken() == before + 1
 
 
 @pytest.mark.parametrize("problem", PROBLEMS + PROBLEMS_E4M3, ids=str)
