@@ -186,8 +186,8 @@ class HostTimer:
         return found
 
 
-def captured(call: Call) -> Call:
-    """Captures one call in a CUDA graph and returns the graph's replay."""
+def captured(call: Call, calls: int = 1) -> Call:
+    """Captures one call in a CUDA graph, or several back to back, and returns the graph's replay."""
     side = torch.cuda.Stream()  # the call warms up where it is captured, so that what it allocates once is there
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -195,5 +195,6 @@ def captured(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        call()
+        for _ in range(calls):
+            call()
     return graph.replay

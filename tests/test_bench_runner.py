@@ -70,7 +70,7 @@ counted: list[str] = []
 
 
 def test_a_warm_cell_times_calls_back_to_back_and_gives_one(monkeypatch):
-    monkeypatch.setattr(runner, "captured", lambda call: call)
+    monkeypatch.setattr(runner, "captured", lambda call, calls: lambda: [call() for _ in range(calls)])
     run = _cell_run(PROBLEM, Nothing())
     run.cell = Cell(PROBLEM, WARM_GRAPH)
     run.calls = {"floor": lambda: counted.append("floor")}

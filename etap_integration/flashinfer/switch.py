@@ -16,7 +16,7 @@ from etap_integration.patching.errors import UnknownNameError
 MODES = ("auto", "always", "never")
 
 _lock = threading.Lock()
-_wanted: dict[str, int] = {}  # of the settings that the caller made
+_wanted: dict[str, int] = {}  # of the settings that the caller made, in the order of the last time each was
 _LOWER_ROWS = "lower_rows"  # max_rows, where that is less than a module's default
 
 
@@ -100,8 +100,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def _set(setting: str, value: int) -> None:
     with _lock:
-        if setting in ("max_rows", _LOWER_ROWS):  # the last of the two holds
-            _wanted.pop("max_rows", None), _wanted.pop(_LOWER_ROWS, None)
+        _wanted.pop(setting, None)
         _wanted[setting] = value
         jit.on_load(_apply_all)
         paths = list(jit.loaded_libraries().values())

@@ -154,16 +154,6 @@ class _Pools:
         return Inputs(cell.problem, self._pools[key])
 
 
-def _repeated(call: Callable[[], object]) -> Callable[[], object]:
-    """`WARM_CALLS` calls, one after the other."""
-
-    def calls() -> None:
-        for _ in range(WARM_CALLS):
-            call()
-
-    return calls
-
-
 class _CellRun:
     """One cell: prepares every implementation that can run it, checks them, times them."""
 
@@ -195,7 +185,7 @@ class _CellRun:
         if self.cell.mode == GRAPH:
             calls = {name: captured(call) for name, call in calls.items()}
         if self.cell.mode == WARM_GRAPH:
-            calls = {name: captured(_repeated(call)) for name, call in calls.items()}
+            calls = {name: captured(call, WARM_CALLS) for name, call in calls.items()}
             timer = timer.with_warm_cache()
         samples = timer.interleaved(calls)
         if self.cell.mode == WARM_GRAPH:
