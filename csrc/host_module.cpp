@@ -27,7 +27,7 @@ std::vector<etap::RequestWork> request_work(std::vector<int> const& lengths,
   return work;
 }
 
-// The pieces of every CTA: (request, row tile, first tile, end tile, parts, part, workspace slot).
+// The pieces of every CTA, by block index: (request, row tile, first tile, end tile, parts, part, workspace slot).
 std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
                                               std::optional<std::vector<int>> const& q_lens, int heads, int row_tile,
                                               int num_ctas, bool uneven) {
@@ -52,13 +52,15 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
     return ctas;
   });
   std::vector<std::vector<PieceTuple>> result(num_ctas);
-  auto const add = [&](int cta, etap::Piece const& p) {
-    result[cta].emplace_back(p.request, p.row_tile, p.begin, p.end, p.num_parts, p.part, p.slot(p.part));
+  auto const add = [&](int block, etap::Piece const& p) {
+    result[block].emplace_back(p.request, p.row_tile, p.begin, p.end, p.num_parts, p.part, p.slot(p.part));
   };
-  for (int cta = 0; cta < plan.num_ctas; ++cta) {
+  for (int block = 0; block < num_ctas; ++block) {
+    int const cta = etap::spread_cta(block, plan.num_ctas, num_ctas, [&](int n) { return n / num_ctas; });
+    if (cta >= plan.num_ctas) continue;
     if (plan.dealt) {
       for (int i = 0, rank; (rank = etap::dealt_rank(plan.num_ctas, cta, i)) < totals.virtual_requests; ++i) {
-        add(cta, etap::whole_piece(order[rank], work[order[rank]].tiles, cta));
+        add(block, etap::whole_piece(order[rank], work[order[rank]].tiles, cta));
       }
       continue;
     }
@@ -68,7 +70,7 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
     }
     etap::PieceCursor cursor(plan, cta, request, prefix);
     for (etap::Piece p; cursor.next([&](int b) { return work[b]; }, p);) {
-      add(cta, p);
+      add(block, p);
     }
   }
   return result;
@@ -104,7 +106,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Work split and tile configurations of the ETAP kernel.";
   m.def("cta_work", &cta_work, pybind11::arg("lengths"), pybind11::arg("q_lens"), pybind11::arg("heads"),
         pybind11::arg("row_tile"), pybind11::arg("num_ctas"), pybind11::arg("uneven") = true,
-        "Pieces per CTA: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
+        "Pieces per CTA, by block index: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
         "tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). Raises ValueError "
         "for inconsistent arguments.");
   m.def("kernel_configs", [] {

@@ -21,6 +21,7 @@ import pytest
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 AUTO, ALWAYS, NEVER = range(3)
 MODULE = "batch_mla_demo_etap_0123456789ab"
+FLAGS = [f"-DETAP_MODULE={MODULE}", "-DETAP_MAX_ROWS=48"]
 
 RUNTIME = """
     #pragma once
@@ -220,7 +221,7 @@ def library(tmp_path_factory) -> Path:
     (folder / "shim.cpp").write_text(SHIM.replace("@SEEN@", " ".join(f"SEEN({name})" for name in SEEN)))
     output = folder / "libadapter.so"
     command = [compiler, "-std=c++17", "-Wall", "-Werror", "-O0", "-shared", "-fPIC", f"-I{folder}", f"-I{CSRC}"]
-    command += [f"-DETAP_MODULE={MODULE}", "-x", "c++", str(folder / "shim.cpp"), str(CSRC / "flashinfer/adapter.cu")]
+    command += [*FLAGS, "-x", "c++", str(folder / "shim.cpp"), str(CSRC / "flashinfer/adapter.cu")]
     run = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return output
@@ -430,7 +431,9 @@ def test_switch_and_counts(adapter: Adapter) -> None:
     assert adapter.c.etap_flashinfer_count(0) == 0
 
 
-def test_row_limit(adapter: Adapter) -> None:
+def test_row_limit(adapter: Adapter, library: Path, tmp_path: Path) -> None:
+    fresh = ctypes.CDLL(str(shutil.copy(library, tmp_path)))
+    assert fresh.etap_flashinfer_set_max_rows(16) == 48
     assert adapter.c.etap_flashinfer_set_max_rows(16) == 64
     assert adapter.run() == {"taken": False}
     assert adapter.c.etap_flashinfer_set_max_rows(-1) == -1
@@ -466,7 +469,7 @@ def test_profiling_modules_are_upstreams(tmp_path, library: Path) -> None:
     folder = library.parent
     compiler = os.environ.get("CXX", "c++").split()[0]
     output = tmp_path / "libprofiled.so"
-    command = [compiler, "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{folder}", f"-I{CSRC}", f"-DETAP_MODULE={MODULE}"]
+    command = [compiler, "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{folder}", f"-I{CSRC}", *FLAGS]
     command += [
         "-DFLASHINFER_ENABLE_PROFILER",
         "-x",

@@ -203,7 +203,7 @@ def test_specification(monkeypatch) -> None:
     name = jit.module_name(uri(), "fa3")
     spec = jit.jit_spec(Spec, name, ["a.cu"], extra_cuda_cflags=["-x"], post_load_adapter=None)
     assert spec.sources[0] == "a.cu" and len(spec.sources) == 11
-    assert spec.options["extra_cuda_cflags"] == ["-x", f"-DETAP_MODULE={name}"]
+    assert spec.options["extra_cuda_cflags"] == ["-x", f"-DETAP_MODULE={name}", "-DETAP_MAX_ROWS=32"]
     assert spec.options["extra_include_paths"] == [locations.csrc_root()]
     heard: list[Path] = []
     jit.on_load(heard.append)
@@ -221,7 +221,7 @@ class Library:
 
     def __init__(self, path: str) -> None:
         self.name = Path(path).name
-        self.rows.setdefault(self.name, jit.MAX_ROWS)
+        self.rows.setdefault(self.name, jit.default_max_rows(self.name))
         self.etap_flashinfer_reason = self.etap_flashinfer_count = SimpleNamespace()
         self.etap_flashinfer_module = lambda: self.name.encode()
         self.etap_flashinfer_module.restype = None
@@ -238,8 +238,9 @@ def test_row_limits_of_modules(monkeypatch) -> None:
     monkeypatch.setattr(Library, "rows", {})
     monkeypatch.setattr("ctypes.CDLL", Library)
     plain, e4m3 = (jit.module_name(uri(kv=kv), "fa3") for kv in ("bf16", "e4m3"))
-    jit.jit_spec(Spec, e4m3, []).load()
-    assert Library.rows == {e4m3: 64}
+    spec = jit.jit_spec(Spec, e4m3, [])
+    assert "-DETAP_MAX_ROWS=64" in spec.options["extra_cuda_cflags"]
+    spec.load()
     switch.lower_max_rows(48)
     jit.jit_spec(Spec, plain, []).load()
     assert Library.rows == {e4m3: 48, plain: 32}

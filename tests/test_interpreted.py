@@ -304,8 +304,8 @@ def test_tiles_that_lengths_end_in(page_size: int, interpreted: Interpreted) -> 
 
 
 # Of nvcc 13.0, some 8% above what they were when this was written. The plan looks up the first pages, as the first copy
-# did before, and (v21, 361) chooses the hint that keys are read with; each CTA merges four parts, not eight, since few
-# tiles go to 64 CTAs.
+# did before, and (v22, 367) numbers the CTAs so that those without work stand among the others; each CTA merges four
+# parts, not eight, since few tiles go to 64 CTAs.
 MOST = {
     "plan": 370, "first copy": 218, "first page": 150, "query asked for": 118, "query stored": 125,
     "results stored": 275, "merge": 650,

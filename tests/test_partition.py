@@ -119,6 +119,20 @@ def test_partition(partition, problem) -> None:
         assert all(p.num_parts == 1 for p in pieces[1:-1]), pieces
 
 
+@settings(deadline=None)
+@given(st.integers(1, 132), st.integers(1, 40), st.integers(0, 131))
+@example(16, 128, 4)
+def test_ctas_without_work_stand_evenly_among_the_others(partition, requests: int, tiles: int, fewer: int) -> None:
+    """Any run of CTAs has its share of those that work, to one: neighbours are in one cluster of SMs."""
+    num_ctas = max(1, 132 - fewer)
+    works = [bool(pieces) for pieces in partition([tiles * TILE] * requests, None, 16, 16, num_ctas)]
+    some, before = sum(works), [sum(works[:i]) for i in range(num_ctas + 1)]
+    assert some > 0
+    for first in range(num_ctas):
+        for end in range(first + 1, num_ctas + 1):
+            assert abs(before[end] - before[first] - (end - first) * some / num_ctas) < 1
+
+
 def test_equal_requests_are_cut_alike(partition) -> None:
     """16 requests on 132 SMs: eight CTAs each, one piece a CTA, shares within a tile of each other."""
     work = [pieces for pieces in partition([65536] * 16, None, 16, 16, 132) if pieces]

@@ -46,17 +46,18 @@ ETAP_DEVICE void prefetch_query(MlaDecodeParams const& p, int thread) {
 template <class Cfg>
 ETAP_DEVICE void prefetch_tile(MlaDecodeParams const& p, int thread) {
   constexpr int kLines = kLatentDim * Cfg::kElementBytes / 128;
-  int ctas;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(ctas));  // gridDim.x would be kept until the merge, spilled
-  if (p.batch == 0) return;
+  int const ctas = p.ctas_divmod.divisor;
   auto const tiles_of = [](int len) { return (len + kTileKeys - 1) / kTileKeys; };
   int const any = tiles_of(cache_len(p, min(int(blockIdx.x), p.batch - 1)));
-  int const each = max(1, quotient(ctas_of(any * p.batch, p.batch, ctas), p.batch));
-  int const request = quotient(blockIdx.x, each);
+  // As EvenCut, but with quotients that are off by one for very many tiles: it is another CTA's tile then.
+  auto const about = [](int a, float by) { return __float2int_rz((float(a) + 0.5f) * by); };
+  int const each = max(1, about(ctas_of(any * p.batch, p.batch, ctas), __fdividef(1.0f, float(p.batch))));
+  float const by_each = __fdividef(1.0f, float(each));
+  int const cta = own_cta(p, min(each * p.batch, ctas)), request = about(cta, by_each), part = cta - request * each;
   if (request >= p.batch) return;
-  int const len = cache_len(p, request);
-  int const key = EvenCut(tiles_of(len), each).begin(blockIdx.x - request * each) * kTileKeys + thread / 4;
-  if (key >= len) return;
+  int const len = cache_len(p, request), tiles = tiles_of(len), shortest = about(tiles, by_each);
+  int const key = (shortest * part + min(part, tiles - shortest * each)) * kTileKeys + thread / 4;
+  if (unsigned(key) >= unsigned(len)) return;
   KeyPlace const place = locate_key(p, request, page_row(p, request), key);
   auto const row = [&](void const* base, int64_t page_stride, int64_t row_stride) {
     return static_cast<uint8_t const*>(base) + (place.page * page_stride + place.row * row_stride) * Cfg::kElementBytes;
@@ -174,7 +175,7 @@ ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CacheMaps const& maps, Sh
                              int lane) {
   KeyPlace first{0, 0};
   if (warp == 0) {
-    plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
+    WorkTotals const totals = plan_launch<Cfg>(p, smem.control, lane, [&](Piece const& piece, int len) {
       if (p.box_rows) {
         first = BoxLane(p, lane).look_up(p, piece.request, page_row(p, piece.request), len, piece.begin);
       }
@@ -182,6 +183,7 @@ ETAP_DEVICE KeyPlace prepare(MlaDecodeParams const& p, CacheMaps const& maps, Sh
     __syncwarp();
     trace(kPlanned, lane == 0);
     NamedBarrier::arrive(kThreads, kBarrierStart);
+    if (lane == 0) smem.control.cache_hint = cache_hint<Cfg>(p, totals);  // the first piece is posted behind it
     NamedBarrier::sync(128, kBarrierInit);  // with warps 1 to 3, long done
     return first;
   }

@@ -15,8 +15,10 @@ struct RowStrides {  // of a tensor indexed (batch, token, head, column); ragged
 };
 
 struct MlaDecodeParams {
+  cutlass::FastDivmod ctas_divmod;   // by the launch's CTAs; set by launch_mla_decode
+
   // problem
-  int batch, num_heads;
+  int batch, num_heads;         // at least 1
   cutlass::FastDivmod heads_divmod;  // by num_heads; set by launch_mla_decode, as page_divmod
   int q_len;                    // tokens per request, or the most of any request when ragged
   int const* cu_seqlens_q;      // [batch + 1] or null

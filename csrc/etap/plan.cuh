@@ -131,9 +131,9 @@ ETAP_DEVICE void next_piece(MlaDecodeParams const& p, Control<Cfg>& control, Pie
 }
 
 // Makes the plan and this CTA's first piece, if it has one. found(piece, keys of its request) is called by all lanes,
-// before the piece is written for the CTA's other warps.
+// before the piece is written for the CTA's other warps. Returns what the plan follows from.
 template <class Cfg, class Found>
-ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, Found&& found) {
+ETAP_DEVICE WorkTotals plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, int lane, Found&& found) {
   bool const owned = p.batch <= kMostOwned;
   LaneRequests const requests(p, lane);
   int const each = requests.each, first = requests.first, last = requests.last;
@@ -182,9 +182,6 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   totals.tiles = warp_sum(totals.tiles);
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
-  // Several row tiles of a request read its keys as often.
-  bool const little = totals.tiles <= kEvictFirstBytes / Cfg::kTileBytes && totals.virtual_requests <= p.batch;
-  if (lane == 0) control.cache_hint = little ? kEvictFirst : kEvictNormal;
   int own_ctas[kOwnRequests], own_sum = 0;  // aligned
   Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, ranks, [&](int share) {
     own_sum = 0;
@@ -200,7 +197,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     }
     return warp_sum(own_sum);
   });
-  int const cta = blockIdx.x;
+  int const cta = own_cta(p, plan.num_ctas);
   if (Cfg::kDeals && lane == 0) control.dealt = 0;
   if (plan.share && owned) {  // the common short case: the request's own lane has all it takes
     int const end = inclusive_sum(own_sum, lane);
@@ -209,7 +206,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     int const owner = __ffs(__ballot_sync(~0u, cta >= prefix && cta < end)) - 1;
     if (owner < 0) {
       if (lane == 0) write_end<Cfg>(control, 0);
-      return;
+      return totals;
     }
     int request = first, len = own_len[0], ctas = own_ctas[0];
     RequestWork work = own[0];
@@ -227,7 +224,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     Piece const piece = aligned_piece(work, request, prefix, ctas, cta);
     found(piece, len);
     if (lane == 0) write_piece<Cfg>(p, control, 0, piece, len);
-    return;
+    return totals;
   }
   if (Cfg::kDeals && plan.dealt) {
     if (lane == 0) control.dealt = totals.virtual_requests, control.longest = totals.longest;
@@ -235,7 +232,7 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
     RankedRequests<Cfg>(p, control, lane).count();
     next_dealt<Cfg>(p, control, 0, lane);
     found(control.piece[0], control.piece[0].len);
-    return;
+    return totals;
   }
   int request = 0, prefix = 0;
   if (cta < plan.num_ctas) {
@@ -249,6 +246,14 @@ ETAP_DEVICE void plan_launch(MlaDecodeParams const& p, Control<Cfg>& control, in
   PieceCursor cursor(plan, cta, request, prefix);
   next_piece<Cfg>(p, control, cursor, 0, lane);
   if (control.piece[0].request >= 0) found(control.piece[0], control.piece[0].len);
+  return totals;
+}
+
+// With which hint the launch's keys are read. Several row tiles of a request read its keys as often.
+template <class Cfg>
+ETAP_DEVICE uint64_t cache_hint(MlaDecodeParams const& p, WorkTotals const& totals) {
+  bool const little = totals.tiles <= kEvictFirstBytes / Cfg::kTileBytes && totals.virtual_requests <= p.batch;
+  return little ? kEvictFirst : kEvictNormal;
 }
 
 // Hands the pieces to the CTA's warps, in order. The first was worked out with the plan.

@@ -132,6 +132,13 @@ ETAP_DEVICE void await_previous_pass(SharedStorage<Cfg>& smem, RingPosition<Cfg>
   __syncwarp();
 }
 
+// The number of this CTA where `num_ctas` take part.
+ETAP_DEVICE int own_cta(MlaDecodeParams const& p, int num_ctas) {
+  cutlass::FastDivmod const& by = p.ctas_divmod;
+  auto const by_grid = [&](int n) { return int(__umulhi(n, by.multiplier) >> by.shift_right); };  // of 1 CTA, n is 0
+  return spread_cta(blockIdx.x, num_ctas, by.divisor, by_grid);
+}
+
 // ---- lengths
 ETAP_DEVICE int query_begin(MlaDecodeParams const& p, int request) {
   return p.cu_seqlens_q ? p.cu_seqlens_q[request] : 0;

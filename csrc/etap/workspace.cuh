@@ -38,7 +38,7 @@ ETAP_DEVICE uint32_t read_epoch(MlaDecodeParams const& p) {
 
 // Notes that this CTA writes a slot of its own, for the next launch to erase.
 ETAP_DEVICE void mark_dirty(MlaDecodeParams const& p, uint32_t epoch, int slot, bool packed) {
-  workspace_header(p)->dirty[blockIdx.x][epoch & 1][slot & 1] = packed ? 1 : 2;
+  workspace_header(p)->dirty[slot / 2][epoch & 1][slot & 1] = packed ? 1 : 2;
 }
 
 // Erases what this CTA wrote in the launch before, and counts the CTA as done with the epoch; the last one ends it.

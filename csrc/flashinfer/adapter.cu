@@ -13,18 +13,17 @@
 #include "call.h"
 #include "etap/launch.h"
 
-#ifndef ETAP_MODULE
-#error "ETAP_MODULE: the name under which this module is built (see etap_integration/flashinfer/jit.py)"
+#if !defined(ETAP_MODULE) || !defined(ETAP_MAX_ROWS)
+#error "ETAP_MODULE, ETAP_MAX_ROWS: the module's name, its limit of query rows (see etap_integration/flashinfer/jit.py)"
 #endif
 
 namespace etap::flashinfer {
 namespace {
 
-constexpr int kDefaultMaxRows = 32;  // beyond, upstream is faster in some cells
 constexpr int kDefaultPParts = 0;    // as the GPU's default is
 
 Switch<kNumReasons> g_switch("ETAP_FLASHINFER");
-std::atomic<int> g_max_rows{kDefaultMaxRows};
+std::atomic<int> g_max_rows{ETAP_MAX_ROWS};
 std::atomic<int> g_p_parts{kDefaultPParts};
 thread_local Reason t_last_reason = Reason::kTaken;
 

@@ -126,6 +126,7 @@ int tma_box_rows(MlaDecodeParams const& p, int element_bytes) {
 }
 
 cudaError_t launch_mla_decode(MlaDecodeParams params, LaunchConfig const& config, cudaStream_t stream) {
+  params.ctas_divmod = cutlass::FastDivmod(config.num_ctas);
   params.heads_divmod = cutlass::FastDivmod(params.num_heads);
   params.page_divmod = cutlass::FastDivmod(params.page_size);
   int rope_columns = kRopeDim;

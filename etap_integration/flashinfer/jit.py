@@ -5,7 +5,6 @@ Imported by FlashInfer's `jit/attention/modules.py` where that is patched, in pl
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import re
@@ -101,6 +100,11 @@ def module_sources(name: str) -> list[Path]:
     return sources
 
 
+def _flags(name: str) -> list[str]:
+    """What csrc/flashinfer/adapter.cu has to be told."""
+    return [f"-DETAP_MODULE={name}", f"-DETAP_MAX_ROWS={default_max_rows(name)}"]
+
+
 def jit_spec(gen_jit_spec: Callable[..., Any], name: str, sources: Sequence[Any], **options: Any) -> Any:
     """FlashInfer's `gen_jit_spec`, with ETAP's sources where `name` is a patched module's.
 
@@ -111,7 +115,7 @@ def jit_spec(gen_jit_spec: Callable[..., Any], name: str, sources: Sequence[Any]
     """
     if not is_patched_name(name):
         return gen_jit_spec(name, sources, **options)
-    options["extra_cuda_cflags"] = [*(options.get("extra_cuda_cflags") or ()), f"-DETAP_MODULE={name}"]
+    options["extra_cuda_cflags"] = [*(options.get("extra_cuda_cflags") or ()), *_flags(name)]
     options["extra_include_paths"] = [*(options.get("extra_include_paths") or ()), locations.csrc_root()]
     spec = gen_jit_spec(name, [*sources, *module_sources(name)], **options)
     load = spec.load
@@ -119,8 +123,6 @@ def jit_spec(gen_jit_spec: Callable[..., Any], name: str, sources: Sequence[Any]
     @functools.wraps(load)
     def load_and_note(*args: Any, **kwargs: Any) -> Any:
         module = load(*args, **kwargs)
-        if default_max_rows(name) != MAX_ROWS:
-            ctypes.CDLL(str(library_path(spec))).etap_flashinfer_set_max_rows(default_max_rows(name))
         with _lock:
             _specs[name], _loaded[name] = spec, module
             listeners = list(_on_load)
