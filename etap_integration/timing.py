@@ -9,7 +9,8 @@ The calls of one problem take turns in rounds, A B C A B C, starting with anothe
 memory refresh then touch all of them alike.
 
 The host enqueues ahead of the device. A sample whose span began before the host had enqueued all of its call may hold
-time of the host; such late samples are dropped where enough others remain, and their share is reported.
+time of the host; such late samples are dropped where enough others remain, and their share is reported. Behind each the
+device idles for a while, so that the host is ahead again.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Timer:
             0: it is not flushed, and calls find a warm cache.
     """
 
-    # The device idles this many clock cycles (about 1 ms) at the start of a round, so that the host runs ahead of it
-    # and no launch delay of the host falls between two events.
+    # The device idles this many clock cycles (about 1 ms) at the start of a round and behind a late sample, so that the
+    # host runs ahead of it and no launch delay of the host falls between two events.
     _HEAD_START_CYCLES = 2_000_000
 
     def __init__(self, budget: Budget | None = None, flush_bytes: int = 256 << 20) -> None:
@@ -117,9 +118,11 @@ class Timer:
         """The same without the flush."""
         return Timer(self.budget, flush_bytes=0)
 
-    def _enqueue(self, call: Call, samples: int) -> list[_Span]:
-        spans = []
+    def _enqueue(self, call: Call, samples: int, wait_for_host: bool = True) -> list[_Span]:
+        spans: list[_Span] = []
         for _ in range(samples):
+            if wait_for_host and spans and spans[-1].late:
+                torch.cuda._sleep(self._HEAD_START_CYCLES)
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if self._flush_buffer.numel():
                 self._flush_buffer.zero_()
@@ -135,7 +138,7 @@ class Timer:
         torch.cuda.synchronize()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        self._enqueue(call, calls)
+        self._enqueue(call, calls, wait_for_host=False)
         end.record()
         torch.cuda.synchronize()
         return 1e3 * begin.elapsed_time(end) / calls

@@ -1,5 +1,7 @@
 """Summaries of samples anywhere, and the timer itself where there is a GPU."""
 
+import time
+
 import pytest
 import torch
 
@@ -37,6 +39,17 @@ class TestTimer:
         samples = Timer(Budget(span_ms=10)).interleaved(calls)
         assert samples[400_000].median_us / samples[200_000].median_us == pytest.approx(2, rel=0.1)
         assert all(sample.p20_us <= sample.median_us <= sample.p80_us for sample in samples.values())
+
+    def test_a_host_that_is_slower_than_the_device_gets_ahead_again(self):
+        def slow() -> None:
+            until = time.perf_counter() + 300e-6
+            while time.perf_counter() < until:
+                pass
+            torch.cuda._sleep(100_000)
+
+        sample = Timer(Budget(span_ms=20)).interleaved({"slow": slow, "fast": lambda: torch.cuda._sleep(100_000)})
+        assert sample["slow"].late < 0.5
+        assert sample["slow"].median_us == pytest.approx(sample["fast"].median_us, rel=0.1)
 
     def test_a_captured_call_replays(self):
         count = torch.zeros(1, device="cuda")
