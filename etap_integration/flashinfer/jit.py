@@ -18,7 +18,7 @@ from etap_integration.patching.errors import UnknownNameError
 
 ROW_TILES, E4M3_ROW_TILES = (8, 16, 32, 64), (8, 16, 32)
 HEAD_DIMS = (512, 64)  # latent, rope
-MAX_ROWS = 32  # csrc/flashinfer/adapter.cu: beyond, upstream is faster in some cells
+MAX_ROWS = 32  # beyond, upstream is faster in some cells
 E4M3_MAX_ROWS = 64  # upstream's kernel takes three to five times as long
 _MARK = "_etap_"
 _DTYPES = {"bf16": "bf16", "f16": "fp16"}  # FlashInfer's name in a module's name -> ours
