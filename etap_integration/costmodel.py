@@ -229,6 +229,13 @@ def even_share(p: Problem, sms: int) -> tuple[int, float]:
     return -(-p.batch * p.tiles // sms), min(sms / p.batch, p.tiles)
 
 
+def etap_share(p: Problem, sms: int) -> tuple[int, float]:
+    """Equal contiguous shares; of few tiles 64 SMs have all (`ctas_of` in csrc/etap/schedule.h)."""
+    tiles = p.batch * p.tiles
+    few = tiles <= 256 or (tiles <= 512 and not 8 <= p.batch <= 32)
+    return even_share(p, min(sms, 64) if few and p.batch <= 64 else sms)
+
+
 def fa3_share(p: Problem, sms: int) -> tuple[int, float]:
     """FlashAttention-3: tiles an SM, with a tenth to spare, set the splits of a request; whole splits go to SMs."""
     if p.tiles == 0:
@@ -265,8 +272,9 @@ class Implementation:
         partial_us: merge cost for each partial result of a request; row_us: cost of each query row from 17 to 32.
         reread: share of the memory time that working on a tile once more adds.
         small_page: factor on the memory time with a page size below 8.
+        serial_cycles: rows, kv_dtype -> cycles of one tile whose steps come one behind the other, 0 where they do not.
         e4m3_cycles: cycles of one tile of an e4m3 cache, widening included; None: it has no such kernel.
-        e4m3_memory, e4m3_small_page: as `memory` and `small_page`, for such a cache.
+        e4m3_fixed_us, e4m3_memory, e4m3_small_page: for such a cache: more fixed_us; as `memory` and `small_page`.
         evict_first: share of the dirty lines that it leaves in L2, up to EVICT_FIRST_MB.
     """
 
@@ -280,7 +288,9 @@ class Implementation:
     row_us: float = 0.0
     reread: float = 0.0
     small_page: float = 1.0
+    serial_cycles: Callable[[int, str], float] = lambda rows, kv_dtype: 0.0
     e4m3_cycles: float | None = None
+    e4m3_fixed_us: float = 0.0
     e4m3_memory: float = 0.9
     e4m3_small_page: float = 1.1
     evict_first: float = 0.0
@@ -290,18 +300,28 @@ class Implementation:
 # an H100 with v16, which fits what v15 took on an H200 within 5%, too. tensor: FlashAttention-3's, FlashInfer's and the
 # two published kernels' from their H20 throughput in arXiv:2506.01969, ETAP's from the emulated H20. reread: from one
 # measurement, 64 rows at 4K in two tiles of 32. evict_first: v21, 16 requests of 4K on an H200 and an H100.
+# serial_cycles: v22, 128 requests of 128K keys with 64 rows, 16 of 64K of e4m3 with 32; ETAP's partial_us: v22, one of
+# 32K. FlashInfer's e4m3 kernel: 16 requests of 2K and 64K.
+
+
+def _etap_serial_cycles(rows: int, kv_dtype: str) -> float:
+    if kv_dtype == "e4m3":
+        return 3_000 if rows > 16 else 0
+    return 4_950 if rows > 32 else 0
+
+
 FA3 = Implementation(
     "fa3", query_major_tile, fa3_share, 12.1, 0.948, 0.93, partial_us=0.045, row_us=0.2, small_page=1.04
 )
 FLASHINFER = Implementation(
     "flashinfer", query_major_tile, flashinfer_share, 8.9, 0.92, 0.88, partial_us=0.2, row_us=0.1, small_page=1.1,
-    e4m3_cycles=12_400,
+    e4m3_cycles=12_100, e4m3_fixed_us=38,
 )  # fmt: skip
 QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0.86, 0.90)
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
-    "etap", etap_tile, even_share, 5.6, 0.955, 0.90, partial_us=0.01, row_us=0.17, reread=0.35, small_page=1.03,
-    e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4, evict_first=0.3,
+    "etap", etap_tile, etap_share, 5.6, 0.955, 0.90, partial_us=0.03, row_us=0.17, reread=0.35, small_page=1.03,
+    serial_cycles=_etap_serial_cycles, e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4, evict_first=0.3,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}
 UPSTREAMS = ("fa3", "flashinfer")
@@ -368,6 +388,7 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
     per_tile = instructions.cycles(device.wgmma_cycles) / i.tensor
     if not wide and i.e4m3_cycles is not None:
         per_tile = max(per_tile, i.e4m3_cycles)
+    per_tile = max(per_tile, i.serial_cycles(problem.rows, problem.kv_dtype))
     microseconds = tiles / device.clock_ghz / 1e3
     floor = floor_us(problem, device)
     stream = problem.kv_bytes / 1e6 / device.stream_tb_s
@@ -382,7 +403,8 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
     }
     bound = max(candidates, key=lambda name: candidates[name])
     rows = max(0, min(problem.rows, 32) - 16)
-    total = LAUNCH_US + i.fixed_us + candidates[bound] + i.partial_us * partials + i.row_us * rows
+    fixed = i.fixed_us + (0.0 if wide else i.e4m3_fixed_us)
+    total = LAUNCH_US + fixed + candidates[bound] + i.partial_us * partials + i.row_us * rows
     tensor = instructions.cycles(device.tensor_cycles) * microseconds
     smem = (instructions.cycles(smem_cycles) + tile_bytes / 128) * microseconds
     return Estimate(i.name, tensor, smem, floor, total, bound, problem.flop / total / 1e6, instructions.useful)

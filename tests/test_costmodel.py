@@ -104,10 +104,10 @@ def recorded(shortest: int) -> list[tuple[str, records.Row, costmodel.Gpu]]:
 
 
 def test_near_the_recorded_rows() -> None:
-    """15% for 16 heads and one query token, on which the constants were calibrated; 30% for other shapes, and on an
-    H100 for an e4m3 cache in pages of one, which was calibrated on an H200 alone, and for an e4m3 cache with one
-    request, which was not (40% for FlashInfer's kernel), and for FlashInfer with caches of 19 GB, where its own times
-    spread by 8%."""
+    """15%; 20% for FlashInfer with caches of 10 GB and more, where its own times spread by 8%.
+
+    30% on an H100 for an e4m3 cache in pages of one, which was calibrated on an H200 alone.
+    """
     rows = recorded(16384)
     if not rows:
         pytest.skip("not run: no benchmark row is recorded")
@@ -116,11 +116,8 @@ def test_near_the_recorded_rows() -> None:
         problem = Problem(row.batch, row.kv_len, row.heads, row.q_len, row.page_size, row.kv_dtype)
         ours = predicted(problem, row.impl, gpu)
         foreign = gpu is GPUS["h100"] and (row.kv_dtype, row.page_size) == ("e4m3", 1)
-        allowed = 0.15 if (row.heads, row.q_len) == (16, 1) and not foreign else 0.3
-        if (row.kv_dtype, row.batch) == ("e4m3", 1):
-            allowed = 0.4 if row.impl == "flashinfer" else 0.3
-        if row.impl == "flashinfer" and row.batch * row.kv_len >= 1 << 24:
-            allowed = 0.3
+        large = row.impl == "flashinfer" and row.batch * row.kv_len >= 1 << 23
+        allowed = 0.3 if foreign else 0.2 if large else 0.15
         if abs(ours / row.median_us - 1) > allowed:
             off.append(f"{name}: {row.impl} {problem} {row.mode}: {ours:.1f} predicted, {row.median_us:.1f} measured")
     assert not off, "\n".join(off)
@@ -174,6 +171,22 @@ def test_our_tile() -> None:
     outputs = {8: (32, 8), 16: (32, 16), 32: (32, 32), 64: (64, 32)}
     for rows, output in outputs.items():
         assert costmodel.etap_tile(rows, kv_dtype="e4m3").output == output
+
+
+def test_our_share(host) -> None:
+    """The most loaded CTA's tiles, as the kernel cuts them: of few tiles 64 CTAs have all."""
+    for batch, kv_len in ((1, 8192), (1, 32768), (4, 4096), (16, 512), (16, 1024), (64, 512), (64, 8192), (16, 65536)):
+        work = host.cta_work([kv_len] * batch, None, 16, 16, 132, True)
+        most = max(sum(piece[3] - piece[2] for piece in pieces) for pieces in work)
+        assert costmodel.etap_share(Problem(batch, kv_len), 132)[0] == pytest.approx(most, rel=0.04), (batch, kv_len)
+
+
+def test_steps_one_behind_the_other() -> None:
+    """With 64 rows, and with 32 beside an e4m3 cache, a tile takes longer than its instructions."""
+    for rows, kv_dtype in ((64, "bf16"), (32, "e4m3")):
+        long = Problem(128, 65536, heads=rows, kv_dtype=kv_dtype)
+        estimate = costmodel.predict(long, H200, costmodel.ETAP)
+        assert estimate.bound == "tensor" and estimate.total_us > 1.3 * estimate.tensor_us
 
 
 def test_parts_of_p_are_the_operators() -> None:
