@@ -272,9 +272,9 @@ class Implementation:
         partial_us: merge cost for each partial result of a request; row_us: cost of each query row from 17 to 32.
         reread: share of the memory time that working on a tile once more adds.
         small_page: factor on the memory time with a page size below 8.
-        serial_cycles: rows, kv_dtype -> cycles of one tile whose steps come one behind the other, 0 where they do not.
-        e4m3_cycles: cycles of one tile of an e4m3 cache, widening included; None: it has no such kernel.
-        e4m3_fixed_us, e4m3_memory, e4m3_small_page: for such a cache: more fixed_us; as `memory` and `small_page`.
+        tile_cycles: rows, kv_dtype -> cycles that a tile takes at least, as measured: to widen e4m3, or where its steps
+            come one behind the other; 0: what its instructions take. None: it has no kernel for such a cache.
+        e4m3_fixed_us, e4m3_memory, e4m3_small_page: for an e4m3 cache: more fixed_us; as `memory` and `small_page`.
         evict_first: share of the dirty lines that it leaves in L2, up to EVICT_FIRST_MB.
     """
 
@@ -288,8 +288,7 @@ class Implementation:
     row_us: float = 0.0
     reread: float = 0.0
     small_page: float = 1.0
-    serial_cycles: Callable[[int, str], float] = lambda rows, kv_dtype: 0.0
-    e4m3_cycles: float | None = None
+    tile_cycles: Callable[[int, str], float | None] = lambda rows, kv_dtype: None if kv_dtype == "e4m3" else 0
     e4m3_fixed_us: float = 0.0
     e4m3_memory: float = 0.9
     e4m3_small_page: float = 1.1
@@ -300,13 +299,13 @@ class Implementation:
 # an H100 with v16, which fits what v15 took on an H200 within 5%, too. tensor: FlashAttention-3's, FlashInfer's and the
 # two published kernels' from their H20 throughput in arXiv:2506.01969, ETAP's from the emulated H20. reread: from one
 # measurement, 64 rows at 4K in two tiles of 32. evict_first: v21, 16 requests of 4K on an H200 and an H100.
-# serial_cycles: v22, 128 requests of 128K keys with 64 rows, 16 of 64K of e4m3 with 32; ETAP's partial_us: v22, one of
+# tile_cycles: v22, 128 requests of 128K keys with 64 rows, 16 of 64K of e4m3 with 32; ETAP's partial_us: v22, one of
 # 32K. FlashInfer's e4m3 kernel: 16 requests of 2K and 64K.
 
 
-def _etap_serial_cycles(rows: int, kv_dtype: str) -> float:
+def _etap_cycles(rows: int, kv_dtype: str) -> float:
     if kv_dtype == "e4m3":
-        return 3_000 if rows > 16 else 0
+        return 3_000 if rows > 16 else 1_850
     return 4_950 if rows > 32 else 0
 
 
@@ -315,13 +314,13 @@ FA3 = Implementation(
 )
 FLASHINFER = Implementation(
     "flashinfer", query_major_tile, flashinfer_share, 8.9, 0.92, 0.88, partial_us=0.2, row_us=0.1, small_page=1.1,
-    e4m3_cycles=12_100, e4m3_fixed_us=38,
+    tile_cycles=lambda rows, kv_dtype: 12_100 if kv_dtype == "e4m3" else 0, e4m3_fixed_us=38,
 )  # fmt: skip
 QUERY_MAJOR = Implementation("query-major", query_major_tile, even_share, 9.0, 0.86, 0.90)
 PUBLISHED = Implementation("published-etap", transposed_tile, even_share, 11.0, 0.945, 0.65)
 ETAP = Implementation(
     "etap", etap_tile, etap_share, 5.6, 0.955, 0.90, partial_us=0.03, row_us=0.17, reread=0.35, small_page=1.03,
-    serial_cycles=_etap_serial_cycles, e4m3_cycles=1_850, e4m3_memory=0.88, e4m3_small_page=1.4, evict_first=0.3,
+    tile_cycles=_etap_cycles, e4m3_memory=0.88, e4m3_small_page=1.4, evict_first=0.3,
 )  # fmt: skip
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (FA3, FLASHINFER, QUERY_MAJOR, PUBLISHED, ETAP)}
 UPSTREAMS = ("fa3", "flashinfer")
@@ -378,17 +377,15 @@ def predict(problem: Problem, device: Gpu, implementation: Implementation, p_par
     Raises ValueError where the implementation has no kernel for the problem's cache.
     """
     i, wide = implementation, problem.kv_dtype != "e4m3"
-    if not wide and i.e4m3_cycles is None:
+    measured_cycles = i.tile_cycles(problem.rows, problem.kv_dtype)
+    if measured_cycles is None:
         raise ValueError(f"{i.name} has no kernel for an {problem.kv_dtype} cache")
     instructions = i.tile(problem.rows)
     if i.name == "etap":
         instructions = etap_tile(problem.rows, p_parts or (1 if device.tensor_slowdown > 1 else None), problem.kv_dtype)
     tiles, partials = i.share(problem, device.sms)
     tile_bytes = TILE * D_QK * KV_BYTES[problem.kv_dtype]
-    per_tile = instructions.cycles(device.wgmma_cycles) / i.tensor
-    if not wide and i.e4m3_cycles is not None:
-        per_tile = max(per_tile, i.e4m3_cycles)
-    per_tile = max(per_tile, i.serial_cycles(problem.rows, problem.kv_dtype))
+    per_tile = max(instructions.cycles(device.wgmma_cycles) / i.tensor, measured_cycles)
     microseconds = tiles / device.clock_ghz / 1e3
     floor = floor_us(problem, device)
     stream = problem.kv_bytes / 1e6 / device.stream_tb_s
@@ -433,7 +430,7 @@ def compare(problem: Problem, device: Gpu, names: Sequence[str] | None = None) -
     for name in names or IMPLEMENTATIONS:
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"implementation: {name!r} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
-        if problem.kv_dtype != "e4m3" or IMPLEMENTATIONS[name].e4m3_cycles is not None:
+        if IMPLEMENTATIONS[name].tile_cycles(problem.rows, problem.kv_dtype) is not None:
             estimates[name] = predict(problem, device, IMPLEMENTATIONS[name])
     rivals = [estimates[name].total_us for name in UPSTREAMS if name in estimates]
     if not rivals or "etap" not in estimates:

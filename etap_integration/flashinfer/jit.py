@@ -100,11 +100,6 @@ def module_sources(name: str) -> list[Path]:
     return sources
 
 
-def _flags(name: str) -> list[str]:
-    """What csrc/flashinfer/adapter.cu has to be told."""
-    return [f"-DETAP_MODULE={name}", f"-DETAP_MAX_ROWS={default_max_rows(name)}"]
-
-
 def jit_spec(gen_jit_spec: Callable[..., Any], name: str, sources: Sequence[Any], **options: Any) -> Any:
     """FlashInfer's `gen_jit_spec`, with ETAP's sources where `name` is a patched module's.
 
@@ -115,7 +110,8 @@ def jit_spec(gen_jit_spec: Callable[..., Any], name: str, sources: Sequence[Any]
     """
     if not is_patched_name(name):
         return gen_jit_spec(name, sources, **options)
-    options["extra_cuda_cflags"] = [*(options.get("extra_cuda_cflags") or ()), *_flags(name)]
+    flags = f"-DETAP_MODULE={name}", f"-DETAP_MAX_ROWS={default_max_rows(name)}"  # of csrc/flashinfer/adapter.cu
+    options["extra_cuda_cflags"] = [*(options.get("extra_cuda_cflags") or ()), *flags]
     options["extra_include_paths"] = [*(options.get("extra_include_paths") or ()), locations.csrc_root()]
     spec = gen_jit_spec(name, [*sources, *module_sources(name)], **options)
     load = spec.load
