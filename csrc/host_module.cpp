@@ -46,7 +46,7 @@ std::vector<std::vector<PieceTuple>> cta_work(std::vector<int> const& lengths,
     return tiles ? etap::length_bin(tiles, totals.longest) : -1;
   };
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return bin(a) > bin(b); });
-  etap::Plan const plan = etap::make_plan(totals, num_ctas, uneven, ranks, [&](int share) {
+  etap::Plan const plan = etap::make_plan(totals, num_ctas, row_tile, uneven, ranks, [&](int share) {
     int ctas = 0;
     for (auto const& w : work) ctas += etap::aligned_ctas(w, share);
     return ctas;
@@ -106,9 +106,9 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Work split and tile configurations of the ETAP kernel.";
   m.def("cta_work", &cta_work, pybind11::arg("lengths"), pybind11::arg("q_lens"), pybind11::arg("heads"),
         pybind11::arg("row_tile"), pybind11::arg("num_ctas"), pybind11::arg("uneven") = true,
-        "Pieces per CTA, by block index: (request, row tile, first tile, end tile, parts, part, workspace slot). Lengths in keys, "
-        "tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). Raises ValueError "
-        "for inconsistent arguments.");
+        "Pieces per CTA, by block index: (request, row tile, first tile, end tile, parts, part, workspace slot). "
+        "Lengths in keys, tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). "
+        "Raises ValueError for inconsistent arguments.");
   m.def("kernel_configs", [] {
     std::vector<pybind11::dict> list;
     add_configs<CacheFormat::kQueryType, 8, 16, 32, 64>(list);

@@ -205,15 +205,15 @@ def transposed_tile(rows: int, p_parts: int = 1, row_tile: int = 32) -> Instruct
 
 
 def etap_tile(rows: int, p_parts: int | None = None, kv_dtype: str = "bf16") -> Instructions:
-    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2 up to 32 rows, else 1, and 1 with an
-    e4m3 cache, whose tiles have 32 rows at most.
+    """Our kernel's tile. `p_parts` by default as the operator has it on an H200: 2, but 1 with an e4m3 cache, whose
+    tiles have 32 rows at most.
 
     `transposed_tile`, whichever way the two warpgroups share the work: each instruction is issued by one of them. P's
     parts stand side by side on N up to 32 rows, 16 with an e4m3 cache; with more they are accumulated in turn.
     Counted, not measured.
     """
     e4m3 = kv_dtype == "e4m3"
-    parts = p_parts or (1 if e4m3 or rows > 32 else 2)
+    parts = p_parts or (1 if e4m3 else 2)
     tile = transposed_tile(rows, parts, 32 if e4m3 else 64)
     n = tile.scores[1]
     if parts == 2 and n > (16 if e4m3 else 32):
@@ -306,7 +306,7 @@ class Implementation:
 def _etap_cycles(rows: int, kv_dtype: str) -> float:
     if kv_dtype == "e4m3":
         return 3_000 if rows > 16 else 1_850
-    return 4_950 if rows > 32 else 0
+    return 5_600 if rows > 32 else 0
 
 
 FA3 = Implementation(

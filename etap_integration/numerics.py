@@ -138,20 +138,15 @@ def etap_model(
     P^T = exp2(S^T c - m); m starts as the first tile's maximum and is raised to a tile's maximum only where that
     exceeds it by more than `raise_by`, when l and O^T are rescaled. P^T is rounded to the input dtype in one part, or
     split into a high and a low one (`p_parts` = 2). l sums the unrounded P. Warpgroups, then shares, are merged in
-    fp32; the output is rounded once, to `out_dtype` (default: the input dtype). Where both warpgroups work on every
-    tile and the output is bf16, O^T of a share is rounded to fp16 before, or to bf16 out of fp16's range (the kernel
-    decides that for groups of values, this model for each value and row).
+    fp32; the output is rounded once, to `out_dtype` (default: the input dtype).
     """
     if p_parts not in (1, 2):
         raise ValueError(f"p_parts: {p_parts}, expected 1 or 2")
     scale = DEFAULT_SCALE if softmax_scale is None else softmax_scale
     groups = _tile_owners(q_nope, cu_seqlens_q, shared_above=8 if p_parts == 2 else 32)
-    packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         m, l, ot = _stream_tiles(q, k, limits, scale * LOG2E, num_parts, groups, raise_by, p_parts)  # noqa: E741
-        if packed:
-            ot = _packed(ot)
         for group in (groups, num_parts):  # the warpgroups of a share, then the shares
             m, l, ot = _merge(m, l, ot, group)  # noqa: E741
         return _finish(ot[0].T, l[0], m[0])
@@ -164,11 +159,6 @@ def _tile_owners(q_nope: Tensor, cu_seqlens_q: Sequence[int] | Tensor | None, sh
     """2 where each warpgroup has tiles of its own, 1 where both work on every tile: above so many rows."""
     rows = max(query_lengths(q_nope, cu_seqlens_q), default=0) * q_nope.shape[-2]
     return 1 if rows > shared_above else 2
-
-
-def _packs_partials(groups: int, num_parts: int, dtype: torch.dtype, out_dtype: torch.dtype | None) -> bool:
-    """Whether partial results go in 16 bits: where there are some, of tiles that both warpgroups work on."""
-    return groups == 1 and num_parts > 1 and (out_dtype or dtype) == dtype == torch.bfloat16
 
 
 def etap_e4m3_model(
@@ -218,8 +208,6 @@ def etap_e4m3_model(
         m, l, ot = _stream_scaled_tiles(  # noqa: E741
             q16, k, scales, limits, factors, rope_factors, num_parts, raise_by, p_parts
         )
-        if _packs_partials(1, num_parts, q_nope.dtype, out_dtype):
-            ot = _packed(ot)
         m, l, ot = _merge(m, l, ot, num_parts)  # noqa: E741
         o, lse = _finish(ot[0].T, l[0], m[0])
         return o * ckv_scale, lse
@@ -231,7 +219,6 @@ def etap_e4m3_model(
         problem = (q_nope, q_rope, ckv_cache.float(), kpe_cache, page_table, cache_seqlens, cu_seqlens_q, causal)
         return _per_request(*problem, attend_groups, out_dtype or q_nope.dtype)
     groups = _tile_owners(q_nope, cu_seqlens_q, shared_above=16)
-    packed = _packs_partials(groups, num_parts, q_nope.dtype, out_dtype)
     ratio = torch.tensor(kpe_scale, dtype=torch.float32) / torch.tensor(ckv_scale, dtype=torch.float32)
 
     def attend(q: Tensor, k: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,8 +227,6 @@ def etap_e4m3_model(
         m, l, ot = _stream_tiles(  # noqa: E741
             q16, k, limits, factor.clamp(-3e38, 3e38), num_parts, groups, raise_by, p_parts, torch.float16
         )
-        if packed:
-            ot = _packed(ot)
         for group in (groups, num_parts):  # the warpgroups of a share, then the shares
             m, l, ot = _merge(m, l, ot, group)  # noqa: E741
         o, lse = _finish(ot[0].T, l[0], m[0])
@@ -340,13 +325,6 @@ def _stream_tiles(
             rounded = rounded + (pt - rounded).to(p_dtype).float()  # exact: both parts fit in one float32
         ot = ot * alpha[:, None] + kt[:, :, :D_LATENT].mT @ rounded
     return m, l, ot
-
-
-def _packed(ot: Tensor) -> Tensor:
-    """O^T (shares, 512, rows) as a 16-bit partial result keeps it."""
-    size = ot.abs()
-    in_range = (size < 65520) & (size.amax(1, keepdim=True) >= 2.0**-13)  # 65520: what rounds to infinity
-    return torch.where(in_range, ot.half().float(), ot.bfloat16().float())
 
 
 def _softmax_step(zt: Tensor, m: Tensor, l: Tensor, raise_by: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: E741

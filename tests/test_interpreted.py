@@ -157,10 +157,11 @@ def test_caches_in_and_out_of_fp16_range(log2: int, heads: int, interpreted: Int
 def test_launches_follow_each_other_in_one_workspace(interpreted: Interpreted) -> None:
     """Nothing is left from one launch to the next, nor to the one after that: the buffers take turns."""
     built = [build(Problem(lengths=n, num_ctas=4), "cpu") for n in ((900,), (64,), (300, 70, 5), (0,), (640, 640))]
-    for i, changes in ((0, {"out_dtype": torch.float32}), (2, {"dtype": torch.float16})):  # partial results of 32 bits
+    for i, changes in ((0, {"out_dtype": torch.float32}), (2, {"dtype": torch.float16})):
         built[i] = build(built[i].problem.with_(**changes), "cpu")
     expected = [run(b)[0] for b in built]
-    for order in ((4, 0, 0, 3, 2), (1, 2, 3, 4, 0), (0, 4, 2, 2, 1)):
+    # in the last, what a launch left is there when the next but one uses its buffer, with the same mark: it must not be
+    for order in ((4, 0, 0, 3, 2), (1, 2, 3, 4, 0), (0, 4, 2, 2, 1), (0, 0, 1, 3, 0, 4, 3, 1, 0, 0)):
         for i in order:
             assert torch.equal(run(built[i])[0], expected[i]), built[i].problem
 
@@ -305,10 +306,10 @@ def test_tiles_that_lengths_end_in(page_size: int, interpreted: Interpreted) -> 
 
 # Of nvcc 13.0, some 8% above what they were when this was written. The plan looks up the first pages, as the first copy
 # did before, and (v22, 367) numbers the CTAs so that those without work stand among the others; each CTA merges four
-# parts, not eight, since few tiles go to 64 CTAs.
+# parts, not eight, since few tiles go to 64 CTAs, in fp32 (v23, 766), not in 16 bits (603).
 MOST = {
     "plan": 370, "first copy": 218, "first page": 150, "query asked for": 118, "query stored": 125,
-    "results stored": 275, "merge": 650,
+    "results stored": 275, "merge": 825,
 }  # fmt: skip
 
 

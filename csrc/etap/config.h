@@ -26,11 +26,10 @@ constexpr int latent_chunk(int i, int group) { return i ^ (group * (kLatentChunk
 constexpr int kMaxRing = 24;
 constexpr int kMaxCtas = 256;                       // of one launch: more SMs than any Hopper GPU has
 
-// A slot of the workspace: a partial O^T (16 bits or fp32 a value: room for fp32), then per row its reference maximum
-// and sum, in whole lines.
-constexpr int partial_bytes(int row_tile, bool packed) { return row_tile * kLatentDim * (packed ? 2 : 4); }
+// A slot of the workspace: a partial O^T in fp32, then per row its reference maximum and sum, in whole lines.
+constexpr int partial_bytes(int row_tile) { return row_tile * kLatentDim * 4; }
 constexpr int stats_bytes(int row_tile) { return (row_tile * 8 + 127) / 128 * 128; }
-constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile, false) + stats_bytes(row_tile); }
+constexpr int slot_bytes(int row_tile) { return partial_bytes(row_tile) + stats_bytes(row_tile); }
 
 // Requests whose lengths the plan keeps: in registers (some a lane), or, of more, in shared memory.
 constexpr int kOwnRequests = 4, kMostOwned = 32 * kOwnRequests;
@@ -39,8 +38,8 @@ constexpr int kept_requests(int row_tile) { return row_tile < 64 ? 1024 : 256; }
 constexpr bool may_deal(int row_tile) { return row_tile < 64; }
 
 // A launch that reads no more of the cache has its keys evicted from L2 first: they are read once, and take the place
-// of one another rather than of what was written before, which would have to go to memory. Measured with 50 MB of L2: up
-// to 170 MB gain 4 to 10%, 250 MB lose 1%, 1.2 GB 5%.
+// of one another rather than of what was written before, which would have to go to memory. Measured with 50 MB of L2:
+// up to 170 MB gain 4 to 10%, 250 MB lose 1%, 1.2 GB 5%.
 constexpr int64_t kEvictFirstBytes = 180 << 20;
 
 // Elements of the cache: the query's 16-bit type, or e4m3, which the consumers widen to fp16 in registers. An e4m3
@@ -55,10 +54,10 @@ constexpr int kScaleTiles = 6;                      // tiles of scales in shared
 // parts that P is split in.
 // Wide: both warpgroups work on every tile, on every second latent chunk each, from which they make part of S^T and
 // their blocks of O^T: of 64 rows their registers hold no more, and of 16 and 32 a tile is done and a piece ends sooner
-// (8% of 512 keys, 0.5% of a long launch, 2% with 32 rows, measured; with an e4m3 cache and 32 rows 5 to 20%). Else each
-// owns whole tiles of keys, all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8 rows, which
-// are too few to split, for P in one part (an H20, whose tensor cores are the limit), and for an e4m3 cache and 16 rows
-// (12% of a long launch on an H200). With scales of groups, always wide, 16 rows or more.
+// (8% of 512 keys, 0.5% of a long launch, 2% with 32 rows, measured; with an e4m3 cache and 32 rows 5 to 20%). Else
+// each owns whole tiles of keys, all of O^T for them, and softmax of one is hidden behind the other's wgmma: for 8
+// rows, which are too few to split, for P in one part (an H20, whose tensor cores are the limit), and for an e4m3
+// cache and 16 rows (12% of a long launch on an H200). With scales of groups, always wide, 16 rows or more.
 template <int RowTile, int PParts, CacheFormat Format = CacheFormat::kQueryType>
 struct TileConfig {
   static_assert(RowTile == 8 || RowTile == 16 || RowTile == 32 || RowTile == 64);
@@ -71,6 +70,7 @@ struct TileConfig {
   static constexpr bool kWide =
       RowTile == 64 || kGroups || (kE4m3 ? RowTile == 32 : RowTile > 8 && PParts == 2);
   static_assert(!kGroups || RowTile > 8);
+  static constexpr bool kFromRegisters = !kWide && !kE4m3 && PParts == 1;  // K and V: see consumer_registers.cuh
   static constexpr int kScoreRows = kWide ? RowTile / 2 : RowTile;  // rows that one warpgroup has the statistics of
   static constexpr int kOwnBlocks = kWide ? kLatentChunks / 2 : kLatentChunks;  // blocks of O^T that it accumulates
   // The ring: a tile is one rope chunk, then latent chunks of 128-byte rows. An e4m3 rope chunk has 64-byte rows and
@@ -119,7 +119,7 @@ struct TileConfig {
   // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
-  static constexpr bool kUneven = PParts == 2 && !kE4m3;  // the plan: memory is the limit
+  static constexpr bool kUneven = PParts == 2 && RowTile < 64 && !kE4m3;  // the plan: memory is the limit
   static constexpr bool kDeals = may_deal(RowTile);
   static constexpr int kKeptRequests = kept_requests(RowTile);
   static constexpr int kDealBytes = kDeals ? 4 * kKeptRequests + 256 : 0;

@@ -112,7 +112,8 @@ ETAP_DEVICE void target_rows(MlaDecodeParams const& p, RowTarget* rows, PieceInf
   rows[thread] = target;
 }
 
-// S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks.
+// S^T of one tile. Each chunk is used as soon as it lands; the ring keeps the chunks. In two sums, of some chunks each:
+// wgmma truncates what it adds to, and the less the smaller that is.
 template <class T, class Cfg>
 ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int group, bool gathered,
                             float (&scores)[Cfg::kRowTile / 2]) {
@@ -120,23 +121,30 @@ ETAP_DEVICE void score_tile(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
   uint32_t const ring = descriptor_low(shared_address(smem.ring));
   uint32_t const query = descriptor_low(shared_address(smem.query));
   uint32_t q = query + kLatentChunks * kQueryChunk;  // the rope chunk is last in Q, first in a tile
-  ScaleOut scale = ScaleOut::Zero;
-  ETAP_ROLLED
-  for (int c = 0; c < kTileChunks; ++c) {
-    smem.control.full[at.slot].wait(at.parity);
-    if (gathered) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
-    uint32_t const k = ring + at.slot * (kChunkBytes / kDescriptorUnit);
-    cute::warpgroup_arrive();
+  float others[Cfg::kRowTile / 2];
+  auto const add_up = [&](int begin, int end, float (&sum)[Cfg::kRowTile / 2]) {
+    ScaleOut scale = ScaleOut::Zero;
+    ETAP_ROLLED
+    for (int c = begin; c < end; ++c) {
+      smem.control.full[at.slot].wait(at.parity);
+      if (gathered) cutlass::arch::fence_view_async_shared();  // cp.async writes through the generic proxy
+      uint32_t const k = ring + at.slot * (kChunkBytes / kDescriptorUnit);
+      cute::warpgroup_arrive();
 #pragma unroll
-    for (int j = 0; j < kChunkCols / 16; ++j) {
-      wgmma<T, Cfg::kRowTile, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), scores, scale);
-      scale = ScaleOut::One;
+      for (int j = 0; j < kChunkCols / 16; ++j) {
+        wgmma<T, Cfg::kRowTile, Major::K>(descriptor(k + j * kStep), descriptor(q + j * kStep), sum, scale);
+        scale = ScaleOut::One;
+      }
+      cute::warpgroup_commit_batch();
+      q = query + latent_chunk(c, group) * kQueryChunk;  // of the next chunk
+      at.advance();
     }
-    cute::warpgroup_commit_batch();
-    q = query + latent_chunk(c, group) * kQueryChunk;  // of the next chunk
-    at.advance();
-  }
+  };
+  add_up(0, kTileChunks / 2 + 1, scores);
+  add_up(kTileChunks / 2 + 1, kTileChunks, others);
   cute::warpgroup_wait<0>();
+#pragma unroll
+  for (int i = 0; i < Cfg::kRowTile / 2; ++i) scores[i] += others[i];
 }
 
 // What brings scores to log2 units; those of an e4m3 cache are there already.
@@ -289,6 +297,23 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
   st.fresh = false;
 }
 
+// P^T of a tile of the warpgroup's own, and the sums; the reference maximum is raised where a score asks for it.
+template <class T, class Cfg>
+ETAP_DEVICE void write_own_probabilities(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
+                                         uint32_t prob, float const (&scores)[Cfg::kScoreRows / 2]) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  float tile_sum[kStats];
+  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
+  ETAP_ROLLED
+  do {
+    if (raise) raise_reference(p, smem, st, scores);
+    bool const exceeds = write_probabilities<T>(p, st, prob, scores, tile_sum);
+    raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
+  } while (raise);
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+}
+
 // O^T += V^T P^T for the chunks this warpgroup owns (wide: every second one, see own_block), freeing each chunk behind
 // it. `at`: the tile's rope chunk. `before`: Zero if there was no tile before. `meanwhile` is called with wgmmas under
 // way.
@@ -328,7 +353,6 @@ ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& s
 template <class T, class Cfg>
 ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                               MaskBounds const& mask, RingPosition<Cfg> at, int tile, int buffer) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats;
   float scores[Cfg::kRowTile / 2];
   await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
@@ -340,16 +364,7 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
     if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st);
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
-  float tile_sum[kStats];
-  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
-  ETAP_ROLLED
-  do {
-    if (raise) raise_reference(p, smem, st, scores);
-    bool const exceeds = write_probabilities<T>(p, st, prob, scores, tile_sum);
-    raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
-  } while (raise);
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+  write_own_probabilities<T>(p, smem, st, prob, scores);
   accumulate_tile<T>(smem, st, at, prob, ScaleOut::One, [] {});
 }
 

@@ -172,7 +172,7 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
       uint32_t const q = query + (g == 0 ? kLatentChunks + part : latent_chunk(g - 1, group)) * kQueryChunk;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        wgmma<Cfg::kRowTile>(pipe.a[g & 1][j], descriptor(q + j * kStep), scores,
+        wgmma<__half, Cfg::kRowTile>(pipe.a[g & 1][j], descriptor(q + j * kStep), scores,
                              g + part + j == 0 ? ScaleOut::Zero : ScaleOut::One);
       }
     }
@@ -207,7 +207,7 @@ ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cf
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         uint32_t const of_keys = p_low + (part * Cfg::kRowTile * 128 + j * 32) / kDescriptorUnit;
-        wgmma<Cfg::kPvRows>(a[j], descriptor(of_keys), st.out[c], ScaleOut::One);
+        wgmma<__half, Cfg::kPvRows>(a[j], descriptor(of_keys), st.out[c], ScaleOut::One);
       }
     }
     cute::warpgroup_commit_batch();
@@ -243,16 +243,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
     }
   }
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
-  float tile_sum[kStats];
-  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
-  ETAP_ROLLED
-  do {
-    if (raise) raise_reference(p, smem, st, scores);
-    bool const exceeds = write_probabilities<__half>(p, st, prob, scores, tile_sum);
-    raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
-  } while (raise);
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+  write_own_probabilities<__half>(p, smem, st, prob, scores);
   accumulate_tile_e4m3(smem, st, pipe, offsets, latent, prob);
   cute::warpgroup_wait<0>();
 }

@@ -45,7 +45,7 @@ ETAP_DEVICE void score_own_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& sm
     for (int part = 0; part < Cfg::kQueryChunks - kLatentChunks; ++part) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        wgmma<Cfg::kRowTile>(pipe.a[0][j], descriptor(query + part * kQueryChunk + j * kStep), scores,
+        wgmma<__half, Cfg::kRowTile>(pipe.a[0][j], descriptor(query + part * kQueryChunk + j * kStep), scores,
                              part + j == 0 ? ScaleOut::Zero : ScaleOut::One);
       }
     }
@@ -124,7 +124,7 @@ ETAP_DEVICE void accumulate_own_values(SharedStorage<Cfg>& smem, ConsumerState<C
       for (int j = 0; j < 4; ++j) {
         uint32_t const version = Cfg::own_block(0, c) / Cfg::kChunkBlocks % Cfg::kProbVersions;
         uint32_t const from = version * Cfg::kProbBytes + part * Cfg::kRowTile * 128 + j * 32;
-        wgmma<Cfg::kPvRows>(values.a[c % 2][j], descriptor(prob + from / kDescriptorUnit), st.out[c],
+        wgmma<__half, Cfg::kPvRows>(values.a[c % 2][j], descriptor(prob + from / kDescriptorUnit), st.out[c],
                             part + j == 0 ? before : ScaleOut::One);
       }
     }
@@ -146,7 +146,7 @@ ETAP_DEVICE void consume_tile_e4m3_wide(MlaDecodeParams const& p, SharedStorage<
   score_own_rope<__half>(p, smem, pipe, offsets, at, st.group, st.lane, all);
   walk_own_keys(smem, pipe, offsets, at, st.group, [&](int, Group const& a, uint32_t query) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) wgmma<Cfg::kRowTile>(a[j], descriptor(query + j * kStep), all, ScaleOut::One);
+    for (int j = 0; j < 4; ++j) wgmma<__half, Cfg::kRowTile>(a[j], descriptor(query + j * kStep), all, ScaleOut::One);
     cute::warpgroup_commit_batch();
   });
   int const end = (tile + 1) * kTileKeys;

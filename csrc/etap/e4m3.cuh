@@ -15,19 +15,6 @@
 
 namespace etap {
 
-ETAP_DEVICE void load_matrices(uint32_t (&d)[8], int at, uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[at]), "=r"(d[at + 1]), "=r"(d[at + 2]), "=r"(d[at + 3])
-               : "r"(address)
-               : "memory");
-}
-ETAP_DEVICE void load_matrices_transposed(uint32_t (&d)[8], int at, uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[at]), "=r"(d[at + 1]), "=r"(d[at + 2]), "=r"(d[at + 3])
-               : "r"(address)
-               : "memory");
-}
-
 // Four e4m3 to two pairs of fp16.
 ETAP_DEVICE void widen(uint32_t bytes, uint32_t& low, uint32_t& high) {
   asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}"
@@ -35,7 +22,6 @@ ETAP_DEVICE void widen(uint32_t bytes, uint32_t& low, uint32_t& high) {
       : "r"(bytes));
 }
 
-using Group = uint32_t[4][4];  // [k16 step][register]
 
 ETAP_DEVICE void widen_keys(uint32_t const (&bytes)[8], Group& a) {
 #pragma unroll
@@ -76,27 +62,6 @@ ETAP_DEVICE void load_key_group(uint32_t (&bytes)[8], uint32_t address, int half
 ETAP_DEVICE void load_value_group(uint32_t (&bytes)[8], uint32_t address, int half) {
   load_matrices_transposed(bytes, 0, address ^ (half * 64));
   load_matrices_transposed(bytes, 4, (address ^ (half * 64)) + 32 * 128);
-}
-
-// ---- wgmma, A from registers, B K-major in shared memory, both fp16
-template <int N>
-struct WgmmaRegisters;
-#define ETAP_WGMMA(N) \
-  template <>         \
-  struct WgmmaRegisters<N> : cute::SM90::GMMA::MMA_64x##N##x16_F32F16F16_RS<Major::K, Major::K> {};
-ETAP_WGMMA(8)
-ETAP_WGMMA(16)
-ETAP_WGMMA(32)
-#undef ETAP_WGMMA
-
-template <class Atom, size_t R, size_t... I>
-ETAP_DEVICE void wgmma_registers(uint32_t const (&a)[4], uint64_t b, float (&d)[R], ScaleOut scale,
-                                 std::index_sequence<I...>) {
-  Atom::fma(a[0], a[1], a[2], a[3], b, d[I]..., scale);
-}
-template <int N>
-ETAP_DEVICE void wgmma(uint32_t const (&a)[4], uint64_t b, float (&d)[N / 2], ScaleOut scale) {
-  wgmma_registers<WgmmaRegisters<N>>(a, b, d, scale, std::make_index_sequence<N / 2>{});
 }
 
 }  // namespace etap

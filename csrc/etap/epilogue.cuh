@@ -223,9 +223,9 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
                               ConsumerState<Cfg>& st, RingPosition<Cfg> lent) {
   constexpr int kStats = ConsumerState<Cfg>::kStats, kHalf = Cfg::kExchangeChunks / 2;
   bool const whole = piece.whole(), exchange = exchanges(piece);
-  PartialBuffer<Cfg> const buffer(p, smem.control.epoch, false);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
   int const slot = piece.slot(piece.part);
-  float4* const quads = buffer.units(slot) + st.warp * 32 + st.lane;
+  float4* const quads = buffer.quads(slot) + st.warp * 32 + st.lane;
   if (exchange) give_half(smem, st, lent);
   publish_statistics(smem, st);
   sync_consumers();  // also: Q may be replaced
@@ -238,11 +238,11 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   }
   if (!whole && st.group == 0) {
     store_stats(buffer.stats(slot), st);
-    if (st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot, false);
+    if (st.warp == 0 && st.lane == 0) mark_used(p, smem.control.epoch, slot);
   }
   if (!exchange) {  // only warpgroup 0 worked on it: all of O^T from its registers
     if (st.group == 0) {
-      store_quads<Cfg, kLatentChunks>(quads, [&](int c, int i) { return folded(st, c, i); });
+      store_quads<Cfg, kLatentChunks>(quads, buffer.tag, [&](int c, int i) { return folded(st, c, i); });
     }
     return;
   }
@@ -258,7 +258,7 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   take_half(smem, st, lent, own, other, result);
   lent = lent.ahead(st.group * kHalf);
   if (!whole) {
-    store_quads<Cfg, 4>(quads + PartialUnits<Cfg, false>::of_block(4 * st.group),
+    store_quads<Cfg, 4>(quads + PartialQuads<Cfg>::of_block(4 * st.group), buffer.tag,
                         [&](int c, int i) { return result[c][i]; });
   } else {
     sync_group(st.group);  // the chunks may be written again
@@ -285,13 +285,13 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
 
 // Shared tiles, while the last one's V^T P^T is under way: the piece's statistics, a lane for each row that the
 // warpgroup scores, and where its part of O^T goes or what it is multiplied by.
-template <class T, class Cfg>
+template <class Cfg>
 ETAP_DEVICE void finish_statistics_wide(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, PieceInfo const& piece,
                                         ConsumerState<Cfg>& st) {
   keep(st.lane);  // else addresses that it gives are kept, spilled, from piece to piece
   publish_statistics(smem, st);
   sync_group(st.group);
-  bool const packed = packs_partials<T, Cfg>(p), has_row = st.warp == 0 && st.lane < Cfg::kScoreRows;
+  bool const has_row = st.warp == 0 && st.lane < Cfg::kScoreRows;
   int const own_row = has_row ? st.lane : 0, row = st.first_row() + own_row;
   float const sum = group_sum(smem, st.group, own_row), reference = smem.control.reference[st.group][own_row];
   if (piece.whole()) {
@@ -300,12 +300,11 @@ ETAP_DEVICE void finish_statistics_wide(MlaDecodeParams const& p, SharedStorage<
     write_lse(p, smem.control.rows[piece.table][row], reference, sum);
     return;
   }
-  PartialBuffer<Cfg> const buffer(p, smem.control.epoch, packed);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
   int const slot = piece.slot(piece.part), first = Cfg::kOwnBlocks * st.group;
   if (has_row) store_relaxed(buffer.stats(slot) + row, make_float2(reference, sum));
-  if (st.group == 0 && st.warp == 0 && st.lane == 0) mark_dirty(p, smem.control.epoch, slot, packed);
-  int const at = packed ? PartialUnits<Cfg, true>::of_block(first) : PartialUnits<Cfg, false>::of_block(first);
-  st.partial = buffer.units(slot) + at + st.warp * 32 + st.lane;
+  if (st.group == 0 && st.warp == 0 && st.lane == 0) mark_used(p, smem.control.epoch, slot);
+  st.partial = buffer.quads(slot) + PartialQuads<Cfg>::of_block(first) + st.warp * 32 + st.lane;
 }
 
 // Shared tiles: nothing is exchanged but statistics. Output goes through Q's space, so no ring chunks are lent, and the
@@ -315,12 +314,8 @@ ETAP_DEVICE void finish_piece_wide(MlaDecodeParams const& p, SharedStorage<Cfg>&
                                    ConsumerState<Cfg>& st) {
   constexpr int kBlocks = Cfg::kOwnBlocks;
   if (!piece.whole()) {
-    auto const value = [&](int c, int i) { return folded(st, c, i); };
-    if (packs_partials<T, Cfg>(p)) {
-      store_packed<Cfg, kBlocks>(st.partial, value);
-    } else {
-      store_quads<Cfg, kBlocks>(st.partial, value);
-    }
+    Tag const tag = PartialBuffer<Cfg>(p, smem.control.epoch).tag;
+    store_quads<Cfg, kBlocks>(st.partial, tag, [&](int c, int i) { return folded(st, c, i); });
     return;
   }
   sync_consumers();

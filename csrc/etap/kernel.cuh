@@ -10,6 +10,7 @@
 
 #include "consumer_e4m3_wide.cuh"
 #include "consumer_groups.cuh"
+#include "consumer_registers.cuh"
 #include "merge.cuh"
 #include "producer.cuh"
 
@@ -121,22 +122,27 @@ ETAP_DEVICE int consume_tiles(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   trace(kQueryThere, first && thread == 0);
   st.reset();
   if constexpr (Cfg::kGroups) {
-    consume_tiles_groups<T>(p, smem, st, mask, piece, [&] { finish_statistics_wide<T>(p, smem, piece, st); });
+    consume_tiles_groups<T>(p, smem, st, mask, piece, [&] { finish_statistics_wide(p, smem, piece, st); });
   } else if constexpr (Cfg::kE4m3 && Cfg::kWide) {
-    consume_tiles_e4m3_wide(p, smem, st, mask, piece, [&] { finish_statistics_wide<T>(p, smem, piece, st); });
+    consume_tiles_e4m3_wide(p, smem, st, mask, piece, [&] { finish_statistics_wide(p, smem, piece, st); });
   } else if constexpr (Cfg::kE4m3) {
     consume_tiles_e4m3(p, smem, st, piece, mask);
   } else if constexpr (Cfg::kWide) {
     ETAP_ROLLED
     for (int i = 0; i < tiles; ++i) {
       consume_tile_wide<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, [&] {
-        if (i + 1 == tiles) finish_statistics_wide<T>(p, smem, piece, st);
+        if (i + 1 == tiles) finish_statistics_wide(p, smem, piece, st);
       });
     }
   } else {
     ETAP_ROLLED
     for (int i = st.group; i < tiles; i += kConsumerGroups) {
-      consume_tile<T>(p, smem, st, mask, RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile), begin + i, i / 2 % 2);
+      RingPosition<Cfg> const at = RingPosition<Cfg>::at(chunk + i * Cfg::kRingTile);
+      if constexpr (Cfg::kFromRegisters) {
+        consume_tile_from_registers<T>(p, smem, st, mask, at, begin + i, i / 2 % 2);
+      } else {
+        consume_tile<T>(p, smem, st, mask, at, begin + i, i / 2 % 2);
+      }
     }
   }
   trace(kTilesDone, thread == 0);

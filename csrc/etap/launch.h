@@ -29,10 +29,10 @@ constexpr int row_tile_for(int64_t rows, CacheFormat cache) {
 // Keys per TMA box for a cache of these elements, or 0 if it must be gathered.
 int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 
-// 2, but 1 where the tensor cores are or would be the limit, on an H20 (the Hopper GPU with 78 SMs) and for 64 rows;
-// and for an e4m3 cache, whose P is float16.
-constexpr int default_p_parts(CacheFormat cache, int row_tile, int sms) {
-  return sms == 78 || row_tile == 64 || cache != CacheFormat::kQueryType ? 1 : 2;
+// 2, but 1 where the tensor cores are the limit, on an H20 (the Hopper GPU with 78 SMs), and for an e4m3 cache, whose P
+// is float16.
+constexpr int default_p_parts(CacheFormat cache, int sms) {
+  return sms == 78 || cache != CacheFormat::kQueryType ? 1 : 2;
 }
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it

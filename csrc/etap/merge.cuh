@@ -12,11 +12,11 @@ template <class Cfg>
 struct MergeScratch {  // lies over the ring, Q and P^T, which are idle by then
   static constexpr int kStage = 16, kStatQuads = Cfg::kRowTile / 2;
   static constexpr int kStatRows = Cfg::kRowTile + 2;  // two more: lanes that read a row's parts meet in fewer banks
-  float4 stage[kStage][kConsumerThreads];  // units of parts on their way in, each read by the thread that asked for it
-  UnitSum<true> group_sum[kConsumerThreads];
+  float4 stage[kStage][kConsumerThreads];  // quads of parts on their way in, each read by the thread that asked for it
+  float4 group_sum[kConsumerThreads];
   float scale[Cfg::kRowTile];
   float2 stats[kMaxCtas][kStatRows];       // per part and row: maximum and sum; then weight in x
-  static_assert(sizeof(float4) * (kStage + 2) * kConsumerThreads + 4 * Cfg::kRowTile +
+  static_assert(sizeof(float4) * (kStage + 1) * kConsumerThreads + 4 * Cfg::kRowTile +
                     sizeof(float2) * kMaxCtas * kStatRows <= Cfg::kSharedBytes - Cfg::kControlBytes);
 
   // The i-th two rows of all parts.
@@ -76,46 +76,43 @@ ETAP_DEVICE void merge_weights(MlaDecodeParams const& p, Piece const& piece, Row
   if (piece.part == 0) write_lse(p, rows[r], top, sum);
 }
 
-// Writes one unit of the output.
-template <class T, class Cfg, bool Packed>
-ETAP_DEVICE void store_unit(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, uint32_t unit,
-                            UnitSum<Packed> const& sum) {
-  using Units = PartialUnits<Cfg, Packed>;
-  int const column = unit % 128 / 32 * 16 + fragment_column<Cfg>(unit % 32), row = Units::first_row(unit);
+// Writes one quad of the output.
+template <class T, class Cfg>
+ETAP_DEVICE void store_quad(MlaDecodeParams const& p, RowTarget const* rows, float const* scale, uint32_t quad,
+                            float4 v) {
+  using Quads = PartialQuads<Cfg>;
+  int const column = quad % 128 / 32 * 16 + fragment_column<Cfg>(quad % 32), row = Quads::first_row(quad);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     int64_t const target = rows[row + e].out;
     if (target < 0) continue;
-#pragma unroll
-    for (int i = 0; i < Units::kQuads; ++i) {
-      float4 const v = sum.quad[i];
-      float const low = (e ? v.y : v.x) * scale[row + e], high = (e ? v.w : v.z) * scale[row + e];
-      int64_t const at = target + block_at<Cfg>(Units::first_block(unit) + i) * kChunkCols + column;
-      if (p.out_fp32) {
-        float* const out = static_cast<float*>(p.out) + at;
-        out[0] = low;
-        out[kColumnStep<Cfg>] = high;
-      } else {
-        T* const out = static_cast<T*>(p.out) + at;
-        out[0] = T(low);
-        out[kColumnStep<Cfg>] = T(high);
-      }
+    float const low = (e ? v.y : v.x) * scale[row + e], high = (e ? v.w : v.z) * scale[row + e];
+    int64_t const at = target + block_at<Cfg>(Quads::block(quad)) * kChunkCols + column;
+    if (p.out_fp32) {
+      float* const out = static_cast<float*>(p.out) + at;
+      out[0] = low;
+      out[kColumnStep<Cfg>] = high;
+    } else {
+      T* const out = static_cast<T*>(p.out) + at;
+      out[0] = T(low);
+      out[kColumnStep<Cfg>] = T(high);
     }
   }
 }
 
-// What one thread adds up of a CTA's slice of a piece: `blocks` units, each over the parts group, group + groups, ...
-template <class Cfg, bool Packed>
+// What one thread adds up of a CTA's slice of a piece: `blocks` quads, each over the parts group, group + groups, ...
+template <class Cfg>
 struct SliceShare {
-  static constexpr int kStep = 2 * PartialBuffer<Cfg>::kSlotBytes / sizeof(float4);  // units from a part to the next
-  float4 const *first, *others;  // units of part 0; of part i > 0, kStep i further on
+  static constexpr int kStep = 2 * PartialBuffer<Cfg>::kSlotBytes / sizeof(float4);  // quads from a part to the next
+  float4 const *first, *others;  // quads of part 0; of part i > 0, kStep i further on
+  Tag tag;
   int num_parts, end;            // of the piece; of the slice
-  int unit0, width, blocks;      // block b is unit0 + b width
-  int group, groups, own_parts;  // of the threads that share a unit's parts; groups <= parts
+  int quad0, width, blocks;      // block b is quad0 + b width
+  int group, groups, own_parts;  // of the threads that share a quad's parts; groups <= parts
 
   ETAP_DEVICE SliceShare(PartialBuffer<Cfg> const& buffer, Piece const& piece, int thread)
-      : num_parts(piece.num_parts) {
-    EvenCut const cut(PartialUnits<Cfg, Packed>::kCount, num_parts);
+      : tag(buffer.tag), num_parts(piece.num_parts) {
+    EvenCut const cut(PartialQuads<Cfg>::kCount, num_parts);
     int const begin = cut.begin(piece.part), longest = cut.base + min(cut.longer, 1);
     int const log_width = min(8, max(3, 32 - __clz(longest - 1)));
     end = cut.begin(piece.part + 1);
@@ -124,53 +121,51 @@ struct SliceShare {
     groups = kConsumerThreads >> log_width;
     own_parts = (num_parts - group + groups - 1) >> (31 - __clz(kConsumerThreads) - log_width);
     blocks = groups > 1 ? 1 : (longest + width - 1) >> log_width;
-    unit0 = begin + (thread & (width - 1));
-    first = buffer.units(piece.first_slot);
-    others = buffer.units(2 * piece.first_cta);
+    quad0 = begin + (thread & (width - 1));
+    first = buffer.quads(piece.first_slot);
+    others = buffer.quads(2 * piece.first_cta);
     asm volatile("" : "+l"(first), "+l"(others));
-    keep(unit0), keep(blocks), keep(end);
+    keep(quad0), keep(blocks), keep(end);
   }
-  ETAP_DEVICE int unit(int block) const { return min(unit0 + block * width, end - 1); }
-  ETAP_DEVICE float4 const* at(int part, int unit) const {
-    return part == 0 ? first + unit : others + (part * kStep + unit);
+  ETAP_DEVICE int quad(int block) const { return min(quad0 + block * width, end - 1); }
+  ETAP_DEVICE float4 const* at(int part, int quad) const {
+    return part == 0 ? first + quad : others + (part * kStep + quad);
   }
 };
 
-// Adds one of a unit's parts.
-template <class Cfg, bool Packed>
-ETAP_DEVICE void add_part(UnitSum<Packed>& sum, MergeScratch<Cfg> const& scratch, float4 v, uint32_t part,
-                          uint32_t unit) {
-  int const row = PartialUnits<Cfg, Packed>::first_row(unit);
+// Adds one of a quad's parts.
+template <class Cfg>
+ETAP_DEVICE void add_part(QuadSum& sum, MergeScratch<Cfg> const& scratch, Tag tag, float4 v, uint32_t part,
+                          uint32_t quad) {
+  int const row = PartialQuads<Cfg>::first_row(quad);
   float4 const weights = *reinterpret_cast<float4 const*>(&scratch.stats[part][row]);  // x and z
-  sum.add(v, weights.x, weights.z);
+  sum.add(v, tag, weights.x, weights.z);
 }
 
-// Asks again for those of a unit's staged parts that were not there yet; whether there were any.
+// Asks again for those of a quad's staged parts that were not there yet; whether there were any.
 template <class Share>
-ETAP_DEVICE bool ask_again(Share const& share, float4* stage, int part, int part_end, int unit) {
+ETAP_DEVICE bool ask_again(Share const& share, float4* stage, int part, int part_end, int quad) {
   bool missing = false;
   ETAP_ROLLED
   for (; part < part_end; part += share.groups, stage += kConsumerThreads) {
-    if (written(*stage)) continue;
-    copy_async(stage, share.at(part, unit));
+    if (share.tag.written(*stage)) continue;
+    copy_async(stage, share.at(part, quad));
     missing = true;
   }
   return missing;
 }
 
-// The sum of the threads that share a unit's parts, in the first group's.
-template <class Cfg, bool Packed>
-ETAP_DEVICE UnitSum<Packed> sum_groups(MergeScratch<Cfg>& scratch, int width, UnitSum<Packed> sum, int thread) {
-  auto* const sums = reinterpret_cast<UnitSum<Packed>*>(scratch.group_sum);
+// The sum of the threads that share a quad's parts, in the first group's.
+template <class Cfg>
+ETAP_DEVICE void sum_groups(MergeScratch<Cfg>& scratch, int width, QuadSum& sum, int thread) {
   ETAP_ROLLED
   for (int d = width; d < 32; d *= 2) sum.add(sum.of_lane_below(d));
-  sums[thread] = sum;
+  scratch.group_sum[thread] = sum.quad;
   sync_consumers();
   int const step = max(width, 32);
-  if (thread >= width) return sum;
+  if (thread >= width) return;
   ETAP_ROLLED
-  for (int i = thread + step; i < kConsumerThreads; i += step) sum.add(sums[i]);
-  return sum;
+  for (int i = thread + step; i < kConsumerThreads; i += step) sum.add(scratch.group_sum[i]);
 }
 
 // Statistics of all parts to shared memory, in two steps.
@@ -195,13 +190,13 @@ ETAP_DEVICE void await_statistics(PartialBuffer<Cfg> const& buffer, Piece const&
 
 // This CTA's slice of a piece's rows. What can be is worked out while something is on its way: instructions are what
 // this takes its time for. Partial results are read once their statistics are there, then most likely all at once; a
-// word that was not there yet makes its sum no number, and is asked for again.
-template <class T, class Cfg, bool Packed>
+// word that was not there yet shows in its sum, and is asked for again.
+template <class T, class Cfg>
 ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const& buffer, Piece const& piece,
                              RowTarget const* rows, float value_scale, MergeScratch<Cfg>& scratch, int thread) {
   constexpr int kStage = MergeScratch<Cfg>::kStage;
-  SliceShare<Cfg, Packed> const share(buffer, piece, thread);
-  // A round: so many parts of so many units that they fit the stage.
+  SliceShare<Cfg> const share(buffer, piece, thread);
+  // A round: so many parts of so many quads that they fit the stage.
   int const round_parts = min(share.own_parts, kStage);
   int round_blocks = kStage >> (32 - __clz(round_parts - 1)), part_step = round_parts * share.groups;
   keep(round_blocks), keep(part_step);
@@ -212,7 +207,7 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
   ETAP_ROLLED
   for (int block0 = 0; block0 < share.blocks; block0 += round_blocks) {
     int const block_end = min(block0 + round_blocks, share.blocks);
-    UnitSum<Packed> sum;
+    QuadSum sum;
     sum.clear();
     ETAP_ROLLED
     for (int part0 = share.group; part0 < share.num_parts; part0 += part_step) {
@@ -220,10 +215,10 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
       float4* to = &scratch.stage[0][thread];
       ETAP_ROLLED
       for (int block = block0; block < block_end; ++block) {
-        int const unit = share.unit(block);
+        int const quad = share.quad(block);
         ETAP_ROLLED
         for (int part = part0; part < part_end; part += share.groups, to += kConsumerThreads) {
-          copy_async(to, share.at(part, unit));
+          copy_async(to, share.at(part, quad));
         }
       }
       if (!weighed) {
@@ -235,30 +230,30 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
       float4* from = &scratch.stage[0][thread];
       ETAP_ROLLED
       for (int block = block0; block < block_end; ++block) {
-        int unit = share.unit(block);
-        UnitSum<Packed> const before = sum;
+        int quad = share.quad(block);
+        QuadSum const before = sum;
         float4* const staged = from;
         while (true) {
           ETAP_ROLLED
           for (int part = part0; part < part_end; part += share.groups, from += kConsumerThreads) {
-            add_part(sum, scratch, *from, part, unit);
+            add_part(sum, scratch, share.tag, *from, part, quad);
           }
-          if (sum.is_number() || !ask_again(share, staged, part0, part_end, unit)) break;
+          if (sum.is_there() || !ask_again(share, staged, part0, part_end, quad)) break;
           await_copies();
           sum = before, from = staged;
         }
         if (part_end < share.num_parts) continue;
-        keep(unit);
+        keep(quad);
         if (share.groups > 1) break;  // its one block
-        if (share.unit0 + block * share.width < share.end) store_unit<T, Cfg>(p, rows, scratch.scale, unit, sum);
+        if (share.quad0 + block * share.width < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, sum.quad);
         sum.clear();
       }
     }
     if (share.groups > 1) {
-      sum = sum_groups(scratch, share.width, sum, thread);
-      int unit = share.unit0;
-      keep(unit);
-      if (thread < share.width && unit < share.end) store_unit<T, Cfg>(p, rows, scratch.scale, unit, sum);
+      sum_groups(scratch, share.width, sum, thread);
+      int quad = share.quad0;
+      keep(quad);
+      if (thread < share.width && quad < share.end) store_quad<T, Cfg>(p, rows, scratch.scale, quad, sum.quad);
     }
   }
 }
@@ -266,22 +261,13 @@ ETAP_DEVICE void merge_slice(MlaDecodeParams const& p, PartialBuffer<Cfg> const&
 template <class T, class Cfg>
 ETAP_DEVICE void merge_pending(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int thread) {
   auto& scratch = *reinterpret_cast<MergeScratch<Cfg>*>(smem.ring);
-  bool const packed = packs_partials<T, Cfg>(p);
-  PartialBuffer<Cfg> const buffer(p, smem.control.epoch, packed);
+  PartialBuffer<Cfg> const buffer(p, smem.control.epoch);
   ETAP_ROLLED
   for (int i = 0; i < smem.control.num_pending; ++i) {
     sync_consumers();  // the ring is idle, pending[] is written; the scratch may be written again
     Piece const piece = smem.control.pending[i];
     ask_statistics(buffer, piece, scratch, thread);
-    RowTarget const* const rows = smem.control.rows[i];
-    float const scale = value_scale(smem, i);
-    if constexpr (kMayPack<T, Cfg>) {
-      if (packed) {
-        merge_slice<T, Cfg, true>(p, buffer, piece, rows, scale, scratch, thread);
-        continue;
-      }
-    }
-    merge_slice<T, Cfg, false>(p, buffer, piece, rows, scale, scratch, thread);
+    merge_slice<T>(p, buffer, piece, smem.control.rows[i], value_scale(smem, i), scratch, thread);
   }
 }
 

@@ -69,12 +69,16 @@ struct MlaDecodeParams {
   bool group_scale_16b;         // a key's four lie on a multiple of 16 bytes; set by launch_mla_decode
 };
 
+// Of a slot of the workspace, when its buffer's turn is over: statistics and O^T erased; both there; statistics erased,
+// O^T of the launch that used the buffer last.
+enum class SlotState : uint8_t { kErased, kUsed, kLeft };
+
 // What a workspace starts with: all zero before its first launch. Host code knows its size only.
 struct WorkspaceHeader {
   uint32_t epoch;                 // launches so far
   uint32_t readers;               // CTAs of this launch that are done with the epoch
   uint32_t pad[2];
-  uint8_t dirty[kMaxCtas][2][2];  // [CTA][buffer][slot of the CTA]: holds a partial result, in 16 bits (1) or fp32 (2)
+  SlotState slots[kMaxCtas][2][2];  // [CTA][buffer][slot of the CTA]
 };
 
 constexpr int kWorkspaceHeaderBytes = 2048;

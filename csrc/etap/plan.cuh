@@ -183,7 +183,7 @@ ETAP_DEVICE WorkTotals plan_launch(MlaDecodeParams const& p, Control<Cfg>& contr
   totals.longest = __reduce_max_sync(~0u, totals.longest);
   totals.virtual_requests = warp_sum(totals.virtual_requests);
   int own_ctas[kOwnRequests], own_sum = 0;  // aligned
-  Plan const plan = make_plan(totals, gridDim.x, Cfg::kUneven, ranks, [&](int share) {
+  Plan const plan = make_plan(totals, gridDim.x, Cfg::kRowTile, Cfg::kUneven, ranks, [&](int share) {
     own_sum = 0;
     if (owned) {
       own_sum = own_ctas[0] = aligned_ctas(own[0], share);

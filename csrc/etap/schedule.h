@@ -134,9 +134,9 @@ constexpr int kMostSlack = 3;
 
 // Whether, memory being the limit, a second piece in each CTA costs less than what SMs would draw that the aligned cut
 // leaves without work: 0.8% of 128 requests of 128K keys, 0.5% of 16. (Of 128 of 32K it loses up to 0.6%, of 16 of 64K
-// 0.3%.) Measured.
-ETAP_HD bool long_shares(int ideal, int virtual_requests, int grid) {
-  return ideal >= (4 * virtual_requests <= grid ? 200 : 600);
+// 0.3%; of 32 rows up to 1.7% at any length.) Measured.
+ETAP_HD bool long_shares(int ideal, int virtual_requests, int grid, int row_tile) {
+  return row_tile <= 16 && ideal >= (4 * virtual_requests <= grid ? 200 : 600);
 }
 
 // Lengths are told apart so far, `longest` being the most tiles: a bin is 1/32 of them or less.
@@ -167,7 +167,7 @@ constexpr int kShortShare = 32;
 // memory is the limit, not the CTAs; else shares differ by an eighth at most, but short ones. `ranks`: the caller can
 // tell which request has a rank by length_bin, and all have one row tile.
 template <class CtasFor>
-ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, bool ranks, CtasFor&& ctas_for) {
+ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, int row_tile, bool uneven, bool ranks, CtasFor&& ctas_for) {
   Plan plan;
   grid = ctas_of(totals.tiles, totals.virtual_requests, grid);
   plan.total_tiles = totals.tiles;
@@ -180,7 +180,7 @@ ETAP_HD Plan make_plan(WorkTotals const& totals, int grid, bool uneven, bool ran
   int const ideal = quotient_up(totals.tiles, grid);
   uneven = uneven || ideal <= kShortShare;
   bool const equal = totals.longest * totals.virtual_requests == totals.tiles;
-  bool const flat = uneven && long_shares(ideal, totals.virtual_requests, grid);
+  bool const flat = uneven && long_shares(ideal, totals.virtual_requests, grid, row_tile);
   if (!flat && totals.virtual_requests <= grid) {
     int const eighth = max_int(1, ideal / 8), more = uneven ? most_uneven_aligned(ideal) : eighth;
     // The ideal share, then the one that gives every virtual request the same CTAs (always feasible, if it is about as

@@ -99,7 +99,7 @@ ETAP_DEVICE void score_own_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& 
   walk_own_keys(smem, pipe, offsets, at, st.group, [&](int g, Group const& a, uint32_t query) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      wgmma<Cfg::kRowTile>(a[j], descriptor(query + j * kStep), products[g / 2],
+      wgmma<__half, Cfg::kRowTile>(a[j], descriptor(query + j * kStep), products[g / 2],
                            g % 2 + j == 0 ? ScaleOut::Zero : ScaleOut::One);
     }
     cute::warpgroup_commit_batch();

@@ -100,6 +100,32 @@ ETAP_DEVICE void wgmma(uint64_t a, uint64_t b, float (&d)[N / 2], ScaleOut scale
   wgmma_registers<Wgmma<T, N, A>>(a, b, d, scale, std::make_index_sequence<N / 2>{});
 }
 
+// A from registers, of the same type as B.
+using Group = uint32_t[4][4];  // A of four k16 steps: [step][register]
+
+template <class T, int N>
+struct WgmmaRegisters;
+#define ETAP_WGMMA(T, N, NAME) \
+  template <>                  \
+  struct WgmmaRegisters<T, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_RS<Major::K, Major::K> {};
+ETAP_WGMMA(__nv_bfloat16, 8, BF16BF16)
+ETAP_WGMMA(__nv_bfloat16, 16, BF16BF16)
+ETAP_WGMMA(__nv_bfloat16, 32, BF16BF16)
+ETAP_WGMMA(__half, 8, F16F16)
+ETAP_WGMMA(__half, 16, F16F16)
+ETAP_WGMMA(__half, 32, F16F16)
+#undef ETAP_WGMMA
+
+template <class Atom, size_t R, size_t... I>
+ETAP_DEVICE void wgmma_registers(uint32_t const (&a)[4], uint64_t b, float (&d)[R], ScaleOut scale,
+                                 std::index_sequence<I...>) {
+  Atom::fma(a[0], a[1], a[2], a[3], b, d[I]..., scale);
+}
+template <class T, int N>
+ETAP_DEVICE void wgmma(uint32_t const (&a)[4], uint64_t b, float (&d)[N / 2], ScaleOut scale) {
+  wgmma_registers<WgmmaRegisters<T, N>>(a, b, d, scale, std::make_index_sequence<N / 2>{});
+}
+
 // Descriptor of a tile of 128-byte rows with the 128-byte swizzle, 8-row groups 1,024 bytes apart. The same fields
 // serve K-major A and B (rows are M or N) and MN-major A (rows are K, one swizzle row spans M = 64). The low word is
 // kept apart, in units of 16 bytes, so that a step to the next operand is one addition.
@@ -152,6 +178,22 @@ ETAP_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32
 }
 ETAP_DEVICE void store_matrices(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
+               : "memory");
+}
+
+// ldmatrix: four 8x8 fragments from the rows of 16 bytes whose addresses the lanes give.
+template <size_t Size>
+ETAP_DEVICE void load_matrices(uint32_t (&d)[Size], int at, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[at]), "=r"(d[at + 1]), "=r"(d[at + 2]), "=r"(d[at + 3])
+               : "r"(address)
+               : "memory");
+}
+template <size_t Size>
+ETAP_DEVICE void load_matrices_transposed(uint32_t (&d)[Size], int at, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[at]), "=r"(d[at + 1]), "=r"(d[at + 2]), "=r"(d[at + 3])
+               : "r"(address)
                : "memory");
 }
 

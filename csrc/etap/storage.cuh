@@ -135,7 +135,8 @@ ETAP_DEVICE void await_previous_pass(SharedStorage<Cfg>& smem, RingPosition<Cfg>
 // The number of this CTA where `num_ctas` take part.
 ETAP_DEVICE int own_cta(MlaDecodeParams const& p, int num_ctas) {
   cutlass::FastDivmod const& by = p.ctas_divmod;
-  auto const by_grid = [&](int n) { return int(__umulhi(n, by.multiplier) >> by.shift_right); };  // of 1 CTA, n is 0
+  // as FastDivmod::divide, which asks whether the divisor is 1: n is 0 then
+  auto const by_grid = [&](int n) { return int(__umulhi(n, by.multiplier) >> by.shift_right); };
   return spread_cta(blockIdx.x, num_ctas, by.divisor, by_grid);
 }
 

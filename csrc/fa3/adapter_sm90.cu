@@ -119,7 +119,7 @@ ETAP_EXPORT int etap_fa3_set_only_where_faster(int on) {
   return etap::fa3::g_only_where_faster.exchange(on != 0, std::memory_order_relaxed);
 }
 
-// 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20, for more than 32 rows and for an
+// 2: P in a high and a low 16-bit part; 1: rounded; 0 (default): 2, but 1 on an H20 and for an
 // e4m3 cache. Returns the previous number, or -1 for another one.
 ETAP_EXPORT int etap_fa3_set_p_parts(int parts) {
   return parts < 0 || parts > 2 ? -1 : etap::fa3::g_p_parts.exchange(parts, std::memory_order_relaxed);

@@ -109,7 +109,7 @@ cudaError_t resolve_p_parts(LaunchConfig const& config, int* p_parts) {
   int device = 0, sms = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess) *p_parts = default_p_parts(config.cache, config.row_tile, sms);
+  if (status == cudaSuccess) *p_parts = default_p_parts(config.cache, sms);
   return status;
 }
 

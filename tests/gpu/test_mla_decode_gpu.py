@@ -210,6 +210,21 @@ def test_graph_replay_with_new_lengths_and_pages(page_size: int, heads: int) -> 
         judge(replayed, out, lse, gpu_p_parts(full.problem))
 
 
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_what_launches_leave_in_the_workspace(heads: int) -> None:
+    """Launches that use a slot, then leave it alone once, twice, three times, then use it again."""
+    whole, cut, other = (
+        build(Problem(lengths=n, heads=heads, num_ctas=12), "cuda") for n in ((64, 0, 30), (5000,), (900, 2000, 1))
+    )
+    expected = {id(b): run(b) for b in (whole, cut, other)}
+    for built in (cut, other):
+        judge(built, *expected[id(built)], gpu_p_parts(built.problem))
+    for order in ([cut] * 5, [cut, whole] * 3, [cut, whole, whole] * 4, [cut, whole, whole, whole, other, cut] * 3):
+        for built in order:
+            for found, right in zip(run(built), expected[id(built)], strict=True):
+                assert torch.equal(found, right), built.problem
+
+
 def test_two_streams_at_once() -> None:
     problems = [
         Problem(lengths=(5000, 64, 0, 900), seed=1),

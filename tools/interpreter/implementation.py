@@ -50,7 +50,7 @@ class Interpreted:
         cache_format = 3 if rope16 else 2 if ckv_scale_arr is not None else int(e4m3)  # CacheFormat
         row_tile = self.module.row_tile_for(q_len * heads, cache_format)
         ctas = min(num_ctas or self.sms, self.sms)
-        parts = p_parts or self.module.default_p_parts(cache_format, row_tile, self.sms)
+        parts = p_parts or self.module.default_p_parts(cache_format, self.sms)
         fields: dict[str, Any] = {
             "batch": batch, "num_heads": heads, "q_len": q_len, "causal": causal and q_len > 1,
             "scale_log2": softmax_scale * math.log2(math.e) or 1.1754943508222875e-38,

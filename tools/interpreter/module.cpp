@@ -275,8 +275,8 @@ PYBIND11_MODULE(_interpreter, m) {
   });
   m.def("workspace_bytes", &etap::workspace_bytes);
   m.def("header_bytes", [] { return etap::kWorkspaceHeaderBytes; });
-  m.def("default_p_parts", [](int cache, int row_tile, int sms) {
-    return etap::default_p_parts(static_cast<etap::CacheFormat>(cache), row_tile, sms);
+  m.def("default_p_parts", [](int cache, int sms) {
+    return etap::default_p_parts(static_cast<etap::CacheFormat>(cache), sms);
   });
   m.def("texts", [] {
     std::vector<std::string> texts;
