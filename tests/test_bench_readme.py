@@ -110,7 +110,7 @@ def test_the_emulated_h20_stands_beside_the_published_one(results: Path) -> None
 
 def test_what_the_emulation_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ETAP_BENCH_DIR", str(tmp_path))
-    assert emulation.missing() == ["libmb.so", "libfi_d.so", "fa3_d.so", "libetap_mla.so"]
+    assert emulation.missing() == ["libmb.so", "libfi_d.so", "fa3_d.so", "fa3-etap_d.so", "libetap_mla.so"]
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/libmb.so").touch()
     assert "libmb.so" not in emulation.missing()
@@ -120,7 +120,7 @@ def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.Monke
     """The order of the build, with the compilers taken out; the throttled headers are real."""
     monkeypatch.setenv("ETAP_BENCH_DIR", str(tmp_path))
     built: list[str] = []
-    for kind in ("floor", "flashinfer", "fa3"):
+    for kind in ("floor", "flashinfer", "fa3", "fa3_etap"):
         monkeypatch.setattr(rivals.Builder, kind, lambda self, kind=kind: built.append(f"{kind} {self.throttled}"))
     include = tmp_path / "cutlass/cute/arch"
     include.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/fa3_d.so").touch()
     emulation.build(log=lambda text: None)
-    assert built == ["floor False", "flashinfer True"]
+    assert built == ["floor False", "flashinfer True", "fa3_etap True"]
     ((output, used),) = plans
     assert output == emulation.etap_library().parent
     header = used.cutlass.path / "cute/arch/mma_sm90_gmma.hpp"

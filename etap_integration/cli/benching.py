@@ -69,7 +69,9 @@ def bench(
     code = 0
     if not problems:
         arguments = ["--grid", name]
-        arguments += ["--library", f"h20={emulation.etap_library()}"] if emulate else []
+        if emulate:
+            arguments += ["--library", f"h20={emulation.etap_library()}"]
+            arguments += [word for name in emulation.implementations() for word in ("--impl", name)]
         arguments += ["--output", str(output.absolute())] if output else []
         code = _run_grid(folder, arguments)
     rows = records.read(output) if output and output.exists() else readme.latest(name)

@@ -45,8 +45,15 @@ def etap_library() -> Path:
 
 def missing() -> list[str]:
     """Names of the libraries that the emulation needs and that are not built."""
-    wanted = [rivals.library_dir() / rivals.library_name(kind, "h20") for kind in ("floor", "flashinfer", "fa3")]
+    kinds = ("floor", "flashinfer", "fa3", "fa3-etap")
+    wanted = [rivals.library_dir() / rivals.library_name(kind, "h20") for kind in kinds]
     return [path.name for path in (*wanted, etap_library()) if not path.is_file()]
+
+
+def implementations() -> list[str]:
+    """What the emulation measures: all of the table but patched FlashInfer where FlashInfer is not installed."""
+    installed = importlib.util.find_spec("flashinfer") is not None
+    return ["floor", "fa3", "flashinfer", "etap", "fa3-etap", *(["flashinfer-etap"] if installed else [])]
 
 
 def _etap_build() -> ModuleType:
@@ -60,7 +67,8 @@ def _etap_build() -> ModuleType:
 
 
 def build(jobs: int = 1, log: rivals.Log = print) -> None:
-    """Builds what is missing, and the throttled operator wherever its sources changed. Needs nvcc, no GPU.
+    """Builds what is missing, and throttled ETAP wherever its sources changed. Needs nvcc, no GPU. FlashInfer's modules
+    are built by its JIT when they are measured.
 
     Raises RuntimeError where something the build needs is missing or a compiler fails; the message says what.
     """
@@ -70,6 +78,7 @@ def build(jobs: int = 1, log: rivals.Log = print) -> None:
     for kind in ("flashinfer", "fa3"):
         if rivals.library_name(kind, "h20") in absent:
             getattr(rivals.Builder(throttled=True, jobs=jobs, log=log), kind)()
+    rivals.Builder(throttled=True, jobs=jobs, log=log).fa3_etap()
     tool = _etap_build()
     plan = tool.Plan.make()
     include = rivals.bench_dir() / "throttled" / f"etap-{plan.cutlass.version}"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,29 @@ def _throttled(name: str, include: Path) -> Path:
     if not destination.exists():
         throttle_cutlass(include, destination)
     return destination
+
+
+def throttle_flashinfer_jit(data: Path) -> None:
+    """Has FlashInfer's JIT build throttled modules that plan for 78 SMs, in a folder of their own, in this process.
+
+    Args:
+        data: the `data` folder of the installed package, whose CUTLASS headers are copied.
+
+    Raises:
+        RuntimeError: FlashInfer is imported already; it reads where its modules lie when it is.
+    """
+    base = str(bench_dir() / "flashinfer-h20")
+    if os.environ.get("FLASHINFER_WORKSPACE_BASE") == base:
+        return
+    if "flashinfer" in sys.modules:
+        raise RuntimeError("FlashInfer is imported already: an emulated H20 needs a process of its own")
+    flags = [
+        f"-I{_throttled('flashinfer-jit', data / 'cutlass/include')}", f"-I{CSRC}", "-include", "planned_sms.h",
+        f"-DPLANNED_SMS={H20_SMS}",
+    ]  # fmt: skip
+    own = os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS", "")
+    os.environ["FLASHINFER_EXTRA_CUDAFLAGS"] = f"{own} {shlex.join(flags)}".strip()
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = base
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from etap_integration.flashinfer import activation, jit, overlay, switch
 
 from .problem import DIM_LATENT, DIM_ROPE, Inputs, Problem
 from .providers import Provider, Result, Target
+from .rivals import throttle_flashinfer_jit
 
 _FLOAT_BYTES = 256 << 20
 
@@ -24,21 +25,22 @@ class FlashInferWrapper(Provider):
     """`BatchMLAPagedAttentionWrapper(backend="fa3")` of the installed FlashInfer.
 
     Args:
-        target: what the kernels run on; no emulation.
+        target: what the kernels run on. On an emulated H20 FlashInfer's JIT builds throttled modules.
         patched: plan with ETAP's patched module. Each call's preparation proves which module runs.
     """
 
     def __init__(self, target: Target, patched: bool) -> None:
+        root = overlay.installed_root()
+        if target.emulated:
+            throttle_flashinfer_jit(root / "data")
         from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
-        if target.emulated:
-            raise ValueError("FlashInfer's wrapper cannot be emulated: its JIT takes no throttled headers")
-        root = overlay.installed_root()
         if overlay.is_patched_in_place(root):
             raise ValueError(f"{root} is patched in place: revert it, there is no unpatched FlashInfer to compare with")
         self.name = "flashinfer-etap" if patched else "flashinfer"
         self.upstream = f"flashinfer-python=={overlay.installed_version(root)}"
         self._wrapper_class, self._patched = BatchMLAPagedAttentionWrapper, patched
+        self._throttled = bool(target.emulated)
         self._workspace = torch.empty(_FLOAT_BYTES, dtype=torch.uint8, device="cuda")
 
     def unsupported(self, problem: Problem) -> str | None:
@@ -72,6 +74,8 @@ class FlashInferWrapper(Provider):
             return result
 
         self._prove(call)
+        if self._throttled:
+            _prove_throttled(call()[1], inputs)
         return call
 
     def _prove(self, call: Callable[[], Result]) -> None:
@@ -86,3 +90,18 @@ class FlashInferWrapper(Provider):
             raise RuntimeError(f"the patched module did not run; loaded are {sorted(jit.loaded_libraries())}")
         if not self._patched and counted:
             raise RuntimeError("a patched module ran in the place of the unpatched one")
+
+
+def _prove_throttled(lse: torch.Tensor, inputs: Inputs) -> None:
+    """Raises RuntimeError where the LSE (batch, heads, q_len) is right: throttled kernels add products several times.
+
+    Asked of the last query token of the first request's first head, which sees all of its keys.
+    """
+    p = inputs.problem
+    length = int(p.lengths[0])
+    pages = inputs.page_table[0, : -(-length // p.page_size)].long()
+    keys = torch.cat([cache[pages].flatten(0, 1)[:length] for cache in inputs.split_caches], -1).float()
+    query = torch.cat([inputs.q_nope[0, -1, 0], inputs.q_rope[0, -1, 0]]).float()
+    exact = torch.logsumexp(keys @ query * p.softmax_scale, 0)
+    if abs(lse[0, 0, -1].item() - exact.item()) < 0.01:
+        raise RuntimeError("the module is not throttled: FlashInfer found one that was built before")

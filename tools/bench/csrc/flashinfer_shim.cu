@@ -13,14 +13,7 @@
 #include <flashinfer/utils.cuh>
 
 #if PLANNED_SMS
-static inline cudaError_t planned_device_attribute(int* value, cudaDeviceAttr attribute, int device) {
-    cudaError_t const error = cudaDeviceGetAttribute(value, attribute, device);
-    if (attribute == cudaDevAttrMultiProcessorCount) {
-        *value = PLANNED_SMS;
-    }
-    return error;
-}
-#define cudaDeviceGetAttribute planned_device_attribute
+#include "planned_sms.h"
 #endif
 #include <flashinfer/attention/scheduler.cuh>
 
