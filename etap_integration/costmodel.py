@@ -299,8 +299,8 @@ class Implementation:
 # an H100 with v16, which fits what v15 took on an H200 within 5%, too. tensor: FlashAttention-3's, FlashInfer's and the
 # two published kernels' from their H20 throughput in arXiv:2506.01969, ETAP's from the emulated H20. reread: from one
 # measurement, 64 rows at 4K in two tiles of 32. evict_first: v21, 16 requests of 4K on an H200 and an H100.
-# tile_cycles: v22, 128 requests of 128K keys with 64 rows, 16 of 64K of e4m3 with 32; ETAP's partial_us: v22, one of
-# 32K. FlashInfer's e4m3 kernel: 16 requests of 2K and 64K.
+# tile_cycles: v23, 128 requests of 32K keys with 64 rows; v22, 16 of 64K of e4m3 with 32. ETAP's partial_us: v22, one
+# request of 32K. FlashInfer's e4m3 kernel: 16 requests of 2K and 64K.
 
 
 def _etap_cycles(rows: int, kv_dtype: str) -> float:

@@ -323,8 +323,8 @@ class Rule:
 # What measurements of the operator against an unpatched upstream found, one rule a region; then the cost model, which
 # its tests hold against measurements. All for a 16-bit cache.
 MEASURED_RULES: tuple[Rule, ...] = (
-    # With 33 to 64 rows 0.99 times as fast as the better upstream in the mean on an H200 with v22 (kernel log), and up
-    # to 17% slower where caches are long. csrc/fa3/call.h has the same rule.
+    # With 33 to 64 rows 0.86 times as fast as the better upstream in the mean on an H200 with v23 (kernel log), and
+    # 0.67 where caches are longest (P in one part, v22: 0.99 and 0.83). csrc/fa3/call.h has the same rule.
     Rule("more than 32 query rows: upstream is faster", lambda rows, batch, length, sms: rows > 32, rows_only=True),
     Rule("the cost model expects upstream to be faster", costmodel.upstream_wins),
 )
