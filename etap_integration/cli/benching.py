@@ -71,7 +71,7 @@ def bench(
         arguments = ["--grid", name]
         if emulate:
             arguments += ["--library", f"h20={emulation.etap_library()}"]
-            arguments += [word for name in emulation.implementations() for word in ("--impl", name)]
+            arguments += [word for impl in emulation.implementations() for word in ("--impl", impl)]
         arguments += ["--output", str(output.absolute())] if output else []
         code = _run_grid(folder, arguments)
     rows = records.read(output) if output and output.exists() else readme.latest(name)
