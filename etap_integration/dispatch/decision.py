@@ -74,6 +74,12 @@ def _no_window(value: Any) -> bool:
     return value is None or (pair and all(type(side) is int and side == -1 for side in value))
 
 
+# Of vLLM's function (0.33), which serves all versions.
+_FLASH_ATTENTION_4 = (
+    "output_scale", "block_sparse_tensors", "aux_tensor_leading_dims", "dynamic_causal", "gather_kv_indices",
+    "gather_kv_valid_length",
+)  # fmt: skip
+
 NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "k": (_is_none, "new keys to append (k)"),
     "v": (_is_none, "new values to append (v)"),
@@ -102,6 +108,7 @@ NEUTRAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fa_version": (_is(3), "not FlashAttention-3 (fa_version)"),
     "ver": (_is(3), "not FlashAttention-3 (ver)"),
     "sm_margin": (lambda value: type(value) is int and value >= 0, "sm_margin is not a number of SMs"),
+    **{name: (_is_none, f"FlashAttention-4's {name}") for name in _FLASH_ATTENTION_4},
 }
 
 
