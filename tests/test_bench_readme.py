@@ -116,6 +116,13 @@ def test_what_the_emulation_lacks_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert "libmb.so" not in emulation.missing()
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_patched_flashinfer_is_measured_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    monkeypatch.setattr(emulation.importlib.util, "find_spec", lambda name: object() if installed else None)
+    wanted = {"floor", "fa3", "flashinfer", "etap", "fa3-etap", *(["flashinfer-etap"] if installed else [])}
+    assert set(emulation.implementations()) == wanted <= set(records.IMPLEMENTATIONS)
+
+
 def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of the build, with the compilers taken out; the throttled headers are real."""
     monkeypatch.setenv("ETAP_BENCH_DIR", str(tmp_path))
