@@ -163,7 +163,7 @@ def test_our_tile() -> None:
         assert tile.useful == rows / n * (576 + 512) / (576 + parts * 512)
         assert costmodel.etap_tile(rows, 1).output == (32, n)
     assert costmodel.etap_tile(64, 1).cycles(H200.wgmma_cycles) == 2176
-    assert costmodel.etap_tile(65).passes == 2
+    assert costmodel.etap_tile(64, 2).output == (64, 64) and costmodel.etap_tile(65).passes == 2
     outputs = {8: (32, 8), 16: (32, 16), 32: (32, 32), 64: (64, 32)}
     for rows, output in outputs.items():
         assert costmodel.etap_tile(rows, kv_dtype="e4m3").output == output

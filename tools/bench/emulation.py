@@ -75,10 +75,11 @@ def build(jobs: int = 1, log: rivals.Log = print) -> None:
     absent = missing()
     if rivals.library_name("floor") in absent:
         rivals.Builder(jobs=jobs, log=log).floor()
+    builder = rivals.Builder(throttled=True, jobs=jobs, log=log)
     for kind in ("flashinfer", "fa3"):
         if rivals.library_name(kind, "h20") in absent:
-            getattr(rivals.Builder(throttled=True, jobs=jobs, log=log), kind)()
-    rivals.Builder(throttled=True, jobs=jobs, log=log).fa3_etap()
+            getattr(builder, kind)()
+    builder.fa3_etap()
     tool = _etap_build()
     plan = tool.Plan.make()
     include = rivals.bench_dir() / "throttled" / f"etap-{plan.cutlass.version}"

@@ -224,10 +224,11 @@ class Inputs:
         Args:
             chunk_bytes: most bytes of widened cache held at once.
         """
-        parts = list(self._reference_chunks(chunk_bytes))
+        parts = list(self.reference_chunks(chunk_bytes))
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
-    def _reference_chunks(self, chunk_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def reference_chunks(self, chunk_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`reference` of some requests at a time, of one at least."""
         p = self.problem
         requests = max(1, chunk_bytes // (8 * DIM_QK * p.pages_per_request * p.page_size))
         queries = torch.cat([self.q_nope, self.q_rope], -1)
