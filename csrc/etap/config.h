@@ -115,8 +115,8 @@ struct TileConfig {
   static constexpr int kGivenBytes = kConsumerGroups * kGivenQuads * 128 * 16;
   // Ring chunks lent to the two warpgroups at the end of a piece, to exchange halves of O^T (fp32).
   static constexpr int kExchangeChunks = kWide ? 0 : RowTile / 4;
-  // Arrivals that free a ring chunk: one per warp that reads it last. Wide: eight, since all eight warps read the rope
-  // chunk; the warps that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
+  // Arrivals that free a ring chunk: one per thread that reads it last. Wide: 256, since all eight warps read the rope
+  // chunk; those that own a latent chunk arrive twice (the others' reads are behind a barrier by then).
   static constexpr int kOwnerArrivals = kWide ? 2 : 1;
   static constexpr int kScaleBytes = kGroups ? kScaleTiles * kTileKeys * kScaleGroups * 4 + 288 + 4 * RowTile : 0;
   static constexpr bool kUneven = PParts == 2 && RowTile < 64 && !kE4m3;  // the plan: memory is the limit

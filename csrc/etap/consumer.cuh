@@ -187,6 +187,22 @@ ETAP_DEVICE void clear_tail(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int 
   }
 }
 
+// Masks the scores of a warpgroup's own tile in which the length or the causal mask ends, and zeroes its keys past the
+// length; cleared() is called behind that.
+template <class Cfg, class Cleared>
+ETAP_DEVICE void mask_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg> const& st,
+                           MaskBounds const& mask, RingPosition<Cfg> at, int tile,
+                           float (&scores)[Cfg::kScoreRows / 2], Cleared const& cleared) {
+  int const end = (tile + 1) * kTileKeys;
+  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
+    mask_scores(p, mask, st, tile, scores);
+    if (end > mask.len) {
+      clear_tail(smem, at, mask.len - tile * kTileKeys, st);
+      cleared();
+    }
+  }
+}
+
 // Fragments of P^T, of rows from 8 `block` on, to their place.
 template <class Cfg, int Blocks>
 ETAP_DEVICE void store_probabilities(ConsumerState<Cfg> const& st, uint32_t prob, int block,
@@ -297,21 +313,33 @@ ETAP_DEVICE void raise_reference(MlaDecodeParams const& p, SharedStorage<Cfg>& s
   st.fresh = false;
 }
 
-// P^T of a tile of the warpgroup's own, and the sums; the reference maximum is raised where a score asks for it.
+// Writes a tile's P^T, again once its reference maximum is raised if a score asks for that, and adds up the sums:
+// write(tile_sum) returns whether one does, raise() is for all `threads` that meet at the barrier.
+template <class Cfg, class Raise, class Write>
+ETAP_DEVICE void write_raising(ConsumerState<Cfg>& st, uint32_t barrier, uint32_t threads, Raise const& raise,
+                               Write const& write) {
+  constexpr int kStats = ConsumerState<Cfg>::kStats;
+  float tile_sum[kStats];
+  bool raises = st.fresh;  // the first tile sets the reference; a later one rarely has to
+  ETAP_ROLLED
+  do {
+    if (raises) raise();
+    bool const exceeds = write(tile_sum);
+    raises = sync_or(barrier, threads, exceeds);
+  } while (raises);
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+}
+
+// ... of a tile of the warpgroup's own.
 template <class T, class Cfg>
 ETAP_DEVICE void write_own_probabilities(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                                          uint32_t prob, float const (&scores)[Cfg::kScoreRows / 2]) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats;
-  float tile_sum[kStats];
-  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
-  ETAP_ROLLED
-  do {
-    if (raise) raise_reference(p, smem, st, scores);
-    bool const exceeds = write_probabilities<T>(p, st, prob, scores, tile_sum);
-    raise = sync_or(kBarrierGroup0 + st.group, 128, exceeds);
-  } while (raise);
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+  write_raising(
+      st, kBarrierGroup0 + st.group, 128, [&] { raise_reference(p, smem, st, scores); },
+      [&](float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
+        return write_probabilities<T>(p, st, prob, scores, tile_sum);
+      });
 }
 
 // O^T += V^T P^T for the chunks this warpgroup owns (wide: every second one, see own_block), freeing each chunk behind
@@ -339,14 +367,14 @@ ETAP_DEVICE void accumulate_tile(SharedStorage<Cfg>& smem, ConsumerState<Cfg>& s
     cute::warpgroup_commit_batch();
     if (c > 0) {
       cute::warpgroup_wait<1>();
-      if (st.lane < Cfg::kOwnerArrivals) smem.control.empty[previous].arrive();
+      free_latent(smem, previous);
     }
     previous = at.slot;
     at.advance(Cfg::kWide ? 2 : 1);
   }
   meanwhile();
   cute::warpgroup_wait<0>();
-  if (st.lane < Cfg::kOwnerArrivals) smem.control.empty[previous].arrive();
+  free_latent(smem, previous);
 }
 
 // One tile of a warpgroup that owns whole tiles. `buffer` alternates per tile.
@@ -357,12 +385,8 @@ ETAP_DEVICE void consume_tile(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
   await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile<T>(smem, at, st.group, p.box_rows == 0, scores);
   trace(kScored, st.fresh && st.group + st.warp + st.lane == 0);
-  if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
-  int const end = (tile + 1) * kTileKeys;
-  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
-    mask_scores(p, mask, st, tile, scores);
-    if (end > mask.len) clear_tail(smem, at, mask.len - tile * kTileKeys, st);
-  }
+  free_rope(smem, at.slot);
+  mask_tile(p, smem, st, mask, at, tile, scores, [] {});
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
   write_own_probabilities<T>(p, smem, st, prob, scores);
   accumulate_tile<T>(smem, st, at, prob, ScaleOut::One, [] {});

@@ -136,17 +136,11 @@ ETAP_DEVICE uint32_t chunk_address(SharedStorage<Cfg>& smem, RingPosition<Cfg> a
   return shared_address(smem.ring) + at.slot * kChunkBytes;
 }
 
-template <class Cfg>
-ETAP_DEVICE void release_chunk(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int lane) {
-  __syncwarp();
-  if (lane < Cfg::kOwnerArrivals) smem.control.empty[at.slot].arrive();
-}
-
 // S^T of one tile, left in flight. Group 0 is the rope chunk, which meets two parts of Q; groups 2 c + 1 and 2 c + 2
 // are the halves of the c-th latent chunk loaded.
 template <class Cfg>
 ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, LaneOffsets const& offsets,
-                                 RingPosition<Cfg> at, int group, int lane, float (&scores)[Cfg::kRowTile / 2]) {
+                                 RingPosition<Cfg> at, int group, float (&scores)[Cfg::kRowTile / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   constexpr int kGroups = 2 * Cfg::kRingLatent + 1;
   uint32_t const query = descriptor_low(shared_address(smem.query));
@@ -163,7 +157,7 @@ ETAP_DEVICE void score_tile_e4m3(SharedStorage<Cfg>& smem, E4m3Pipeline& pipe, L
   for (int g = 0; g < kGroups; ++g) {
     if (g >= 2) cute::warpgroup_wait<1>();  // the group before last is done with its fragments
     widen_keys(pipe.bytes, pipe.a[g & 1]);
-    if (g == 0) release_chunk(smem, at, lane);
+    if (g == 0) free_rope(smem, at.slot);
     if (g % 2 == 1) load(g + 1);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -199,7 +193,7 @@ ETAP_DEVICE void accumulate_tile_e4m3(SharedStorage<Cfg>& smem, ConsumerState<Cf
     Group& a = pipe.a[c & 1];
     if (c >= 2) cute::warpgroup_wait<1>();
     widen_values(pipe.bytes, a);
-    if (c % 2 == 1) release_chunk(smem, at, st.lane);
+    if (c % 2 == 1) free_latent(smem, at.slot);
     if (c + 1 < kLatentChunks) load(c + 1);
     cute::warpgroup_arrive();
 #pragma unroll
@@ -224,7 +218,7 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
   uint32_t const values = chunk_address(smem, latent) + offsets.values;
   float scores[Cfg::kRowTile / 2];
   await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
-  score_tile_e4m3(smem, pipe, offsets, at, st.group, st.lane, scores);
+  score_tile_e4m3(smem, pipe, offsets, at, st.group, scores);
   load_value_group(pipe.bytes, values, 0);
   cute::warpgroup_wait<0>();
 #pragma unroll
@@ -233,15 +227,10 @@ ETAP_DEVICE void consume_tile_e4m3(MlaDecodeParams const& p, SharedStorage<Cfg>&
     scores[4 * (i / 2) + (i & 1)] *= scale;
     scores[4 * (i / 2) + 2 + (i & 1)] *= scale;
   }
-  int const end = (tile + 1) * kTileKeys;
-  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
-    mask_scores(p, mask, st, tile, scores);
-    if (end > mask.len) {
-      clear_tail(smem, at, mask.len - tile * kTileKeys, st);
-      sync_group(st.group);
-      load_value_group(pipe.bytes, values, 0);
-    }
-  }
+  mask_tile(p, smem, st, mask, at, tile, scores, [&] {
+    sync_group(st.group);
+    load_value_group(pipe.bytes, values, 0);
+  });
   uint32_t const prob = shared_address(smem.prob[2 * st.group + buffer]);
   write_own_probabilities<__half>(p, smem, st, prob, scores);
   accumulate_tile_e4m3(smem, st, pipe, offsets, latent, prob);

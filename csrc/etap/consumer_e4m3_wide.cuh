@@ -8,17 +8,10 @@
 
 namespace etap {
 
-// Of all eight warps.
-template <class Cfg>
-ETAP_DEVICE void release_rope(SharedStorage<Cfg>& smem, RingPosition<Cfg> at, int lane) {
-  __syncwarp();
-  if (lane == 0) smem.control.empty[at.slot].arrive();
-}
-
 // The warpgroup's half of the rope chunk's columns, all rows; left in flight. Q's rope part is in one part, or in two.
 template <class T, class Cfg>
 ETAP_DEVICE void score_own_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, E4m3Pipeline& pipe,
-                                LaneOffsets const& offsets, RingPosition<Cfg> at, int group, int lane,
+                                LaneOffsets const& offsets, RingPosition<Cfg> at, int group,
                                 float (&scores)[Cfg::kRowTile / 2]) {
   constexpr uint32_t kQueryChunk = Cfg::kRowTile * 128 / kDescriptorUnit, kStep = 32 / kDescriptorUnit;
   uint32_t const half = group * 2 * kStep, keys = chunk_address(smem, at);
@@ -39,7 +32,7 @@ ETAP_DEVICE void score_own_rope(MlaDecodeParams const& p, SharedStorage<Cfg>& sm
       widen(pipe.bytes[2 * j], pipe.a[0][j][0], pipe.a[0][j][2]);
       widen(pipe.bytes[2 * j + 1], pipe.a[0][j][1], pipe.a[0][j][3]);
     }
-    release_rope(smem, at, lane);
+    free_rope(smem, at.slot);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int part = 0; part < Cfg::kQueryChunks - kLatentChunks; ++part) {
@@ -89,7 +82,6 @@ struct OwnValues {
   SharedStorage<Cfg>& smem;
   RingPosition<Cfg> at;  // of the block loaded last
   uint32_t offset;
-  int lane;
   uint32_t bytes[2][8];
   Group a[2];
 
@@ -99,7 +91,7 @@ struct OwnValues {
   }
   ETAP_DEVICE void widen(int c) {
     widen_values(bytes[c % 2], a[c % 2]);
-    if (c % 2 == 1) release_chunk(smem, at, lane);
+    if (c % 2 == 1) free_latent(smem, at.slot);
     if (c + 1 < Cfg::kOwnBlocks) load(c + 1);
   }
 };
@@ -143,7 +135,7 @@ ETAP_DEVICE void consume_tile_e4m3_wide(MlaDecodeParams const& p, SharedStorage<
   constexpr uint32_t kStep = 32 / kDescriptorUnit;
   ScaleOut const before = Cfg::kOverwrites && st.fresh ? ScaleOut::Zero : ScaleOut::One;
   float all[Cfg::kRowTile / 2], scores[Cfg::kScoreRows / 2];
-  score_own_rope<__half>(p, smem, pipe, offsets, at, st.group, st.lane, all);
+  score_own_rope<__half>(p, smem, pipe, offsets, at, st.group, all);
   walk_own_keys(smem, pipe, offsets, at, st.group, [&](int, Group const& a, uint32_t query) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) wgmma<__half, Cfg::kRowTile>(a[j], descriptor(query + j * kStep), all, ScaleOut::One);
@@ -154,7 +146,7 @@ ETAP_DEVICE void consume_tile_e4m3_wide(MlaDecodeParams const& p, SharedStorage<
     sync_group(st.group);
     clear_own_tail(smem, st, at, mask.len - tile * kTileKeys);
   }
-  OwnValues<Cfg> values{smem, at.ahead(1 + st.group), offsets.values, st.lane};
+  OwnValues<Cfg> values{smem, at.ahead(1 + st.group), offsets.values};
   values.load(0);
   cute::warpgroup_wait<0>();
   trace(kScored, st.fresh && st.group + st.warp + st.lane == 0);

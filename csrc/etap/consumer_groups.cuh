@@ -139,12 +139,11 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
                                      E4m3Pipeline& pipe, LaneOffsets const& offsets, MaskBounds const& mask,
                                      RingPosition<Cfg> at, ScalePosition scales_at, int tile,
                                      Meanwhile const& meanwhile) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats;
   ScaleOut const before = Cfg::kOverwrites && st.fresh ? ScaleOut::Zero : ScaleOut::One;
   int const end = (tile + 1) * kTileKeys, valid = mask.len - tile * kTileKeys;
   float4 const* const scales = smem.control.scales[scales_at.slot];
   uint4& powers = smem.control.power[st.group][st.warp];
-  OwnValues<Cfg> values{smem, at.ahead(1 + st.group), offsets.values, st.lane};
+  OwnValues<Cfg> values{smem, at.ahead(1 + st.group), offsets.values};
   float all[Cfg::kRowTile / 2], scores[Cfg::kScoreRows / 2];
   score_own_groups<T>(p, smem, st, pipe, offsets, at, scales_at, all, [&] {
     if (end > mask.len) {
@@ -165,23 +164,19 @@ ETAP_DEVICE void consume_tile_groups(MlaDecodeParams const& p, SharedStorage<Cfg
   });
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) mask_scores(p, mask, st, tile, scores);
   uint32_t const prob = shared_address(smem.prob[0]) + st.first_row() * 128;
-  float tile_sum[kStats];
-  bool raise = fresh;
-  ETAP_ROLLED
-  do {
-    if (raise) {
-      if (!fresh) {
-        raise_powers(powers, scales, valid, st);
-        load_factors();
-      }
-      raise_reference_wide(p, smem, st, scores);
-    }
-    bool const exceeds = write_versions(st, prob, factors, scores, tile_sum);
-    raise = sync_or(kBarrierConsumers, kConsumerThreads, exceeds);
-  } while (raise);
-  if (p.group_scale && st.lane == 0) smem.control.scales_empty[scales_at.slot].arrive();
-#pragma unroll
-  for (int k = 0; k < kStats; ++k) st.sum[k] += tile_sum[k];
+  write_raising(
+      st, kBarrierConsumers, kConsumerThreads,
+      [&] {
+        if (!fresh) {
+          raise_powers(powers, scales, valid, st);
+          load_factors();
+        }
+        raise_reference_wide(p, smem, st, scores);
+      },
+      [&](float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
+        return write_versions(st, prob, factors, scores, tile_sum);
+      });
+  if (p.group_scale) smem.control.scales_empty[scales_at.slot].arrive();
   accumulate_own_values(smem, st, values, before, meanwhile);
 }
 

@@ -50,8 +50,7 @@ ETAP_DEVICE void take_values(SharedStorage<Cfg>& smem, ConsumerState<Cfg> const&
   uint32_t const values = shared_address(smem.ring) + swizzled(row, column) + at.slot * kChunkBytes;
 #pragma unroll
   for (int j = 0; j < 4; ++j) load_matrices_transposed(to[j], 0, values + j * 16 * 128);
-  __syncwarp();
-  if (st.lane == 0) smem.control.empty[at.slot].arrive();
+  free_latent(smem, at.slot);
   at.advance();
 }
 
@@ -85,16 +84,8 @@ ETAP_DEVICE void consume_tile_from_registers(MlaDecodeParams const& p, SharedSto
   await_previous_pass(smem, at.ahead(Cfg::kForeignFirst), Cfg::kForeignChunks, st.lane);
   score_tile_from_registers<T>(smem, st, at, scores);
   trace(kScored, st.fresh && st.group + st.warp + st.lane == 0);
-  __syncwarp();
-  if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
-  int const end = (tile + 1) * kTileKeys;
-  if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) {
-    mask_scores(p, mask, st, tile, scores);
-    if (end > mask.len) {
-      clear_tail(smem, at, mask.len - tile * kTileKeys, st);
-      sync_group(st.group);
-    }
-  }
+  free_rope(smem, at.slot);
+  mask_tile(p, smem, st, mask, at, tile, scores, [&] { sync_group(st.group); });
   Group values[2];
   at.advance();
   if constexpr (kEarly) take_values(smem, st, at, values[0]);

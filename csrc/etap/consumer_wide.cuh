@@ -133,22 +133,16 @@ ETAP_DEVICE void exchange_scores(SharedStorage<Cfg>& smem, ConsumerState<Cfg> co
   }
 }
 
-// P^T of all rows, each warpgroup's its own, and the sums; the reference maximum is raised where a score asks for it.
+// P^T of all rows, each warpgroup's its own, and the sums.
 template <class T, class Cfg>
 ETAP_DEVICE void write_all_probabilities(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, ConsumerState<Cfg>& st,
                                          float const (&scores)[Cfg::kScoreRows / 2]) {
-  constexpr int kStats = ConsumerState<Cfg>::kStats;
   uint32_t const prob = shared_address(smem.prob[0]) + st.first_row() * 128;
-  float tile_sum[kStats];
-  bool raise = st.fresh;  // the first tile sets the reference; a later one rarely has to
-  ETAP_ROLLED
-  do {
-    if (raise) raise_reference_wide(p, smem, st, scores);
-    bool const exceeds = write_probabilities<T>(p, st, prob, scores, tile_sum);
-    raise = sync_or(kBarrierConsumers, kConsumerThreads, exceeds);
-  } while (raise);
-#pragma unroll
-  for (int i = 0; i < kStats; ++i) st.sum[i] += tile_sum[i];
+  write_raising(
+      st, kBarrierConsumers, kConsumerThreads, [&] { raise_reference_wide(p, smem, st, scores); },
+      [&](float (&tile_sum)[ConsumerState<Cfg>::kStats]) {
+        return write_probabilities<T>(p, st, prob, scores, tile_sum);
+      });
 }
 
 // One tile. `at`: its rope chunk. `meanwhile` is called behind the tile's last sums, with V^T P^T under way.
@@ -159,7 +153,7 @@ ETAP_DEVICE void consume_tile_wide(MlaDecodeParams const& p, SharedStorage<Cfg>&
   float all[Cfg::kRowTile / 2], scores[Cfg::kScoreRows / 2];
   score_own_chunks<T>(smem, at, st.group, p.box_rows == 0, all);
   trace(kScored, st.fresh && st.group + st.warp + st.lane == 0);
-  if (st.lane == 0) smem.control.empty[at.slot].arrive();  // the rope chunk
+  free_rope(smem, at.slot);
   exchange_scores(smem, st, all, scores, [] {});
   int const end = (tile + 1) * kTileKeys;
   if (end > mask.len || (p.causal && end > mask.causal_gap + 1)) mask_scores(p, mask, st, tile, scores);

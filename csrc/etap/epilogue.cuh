@@ -274,13 +274,9 @@ ETAP_DEVICE void finish_piece(MlaDecodeParams const& p, SharedStorage<Cfg>& smem
     } else {
       store_half<T>(p, smem, rows, st, lent, result);
       cutlass::arch::fence_view_async_shared();
-      __syncwarp();
     }
   }
-  __syncwarp();
-  for (int i = 0; i < kHalf; ++i) {
-    if (st.lane == 0) smem.control.empty[lent.ahead(i).slot].arrive();
-  }
+  for (int i = 0; i < kHalf; ++i) free_latent(smem, lent.ahead(i).slot);
 }
 
 // Shared tiles, while the last one's V^T P^T is under way: the piece's statistics, a lane for each row that the

@@ -73,17 +73,17 @@ template <class Cfg>
 ETAP_DEVICE void init_barriers(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int lane) {
   if (lane < Cfg::kRing) {
     smem.control.full[lane].init(p.box_rows ? 1 : 128);
-    smem.control.empty[lane].init(4 * Cfg::kOwnerArrivals);
+    smem.control.empty[lane].init(128 * Cfg::kOwnerArrivals);
   }
   if (lane < kPieceBuffers) {
-    smem.control.piece_full[lane].init(1);
+    smem.control.piece_full[lane].init(p.box_rows ? 1 : 1 + 3 * 32);
     int const scale_warps = Cfg::kGroups && p.group_scale != nullptr;  // beside TMA
-    smem.control.piece_empty[lane].init(p.box_rows ? 9 + scale_warps : 12);  // consumer and loading warps
+    smem.control.piece_empty[lane].init(p.box_rows ? 32 * (9 + scale_warps) : kThreads);  // who consumes or loads
   }
   if constexpr (Cfg::kGroups) {
     if (lane < kScaleTiles) {
       smem.control.scales_full[lane].init(p.box_rows ? 32 : 128);
-      smem.control.scales_empty[lane].init(kConsumerThreads / 32);
+      smem.control.scales_empty[lane].init(kConsumerThreads);
     }
   }
   cutlass::arch::fence_barrier_init();
@@ -168,7 +168,7 @@ ETAP_DEVICE void consume(MlaDecodeParams const& p, SharedStorage<Cfg>& smem, int
     int const own = consumer_thread<Cfg>(thread);
     if (!piece.whole() && own == 0) smem.control.pending[piece.table] = piece;
     if (Cfg::kRowTile == 64) keep(index);  // else a copy of it is spilled
-    release_piece(smem, index, lane);
+    release_piece(smem, index);
   }
   merge_pending<T>(p, smem, consumer_thread<Cfg>(thread));
   trace(kEnded, thread == 0);

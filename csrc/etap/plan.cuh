@@ -277,16 +277,15 @@ template <class Cfg>
 ETAP_DEVICE PieceInfo const& posted_piece(SharedStorage<Cfg> const& smem, int index) {
   return smem.control.piece[index % kPieceBuffers];
 }
-// Likewise, for the others; every reader calls release_piece when it is done with it.
+// Likewise, for the others; every thread that reads it calls release_piece when it is done with it.
 template <class Cfg>
 ETAP_DEVICE PieceInfo const& await_piece(SharedStorage<Cfg> const& smem, int index) {
   smem.control.piece_full[index % kPieceBuffers].wait(index / kPieceBuffers & 1);
   return posted_piece(smem, index);
 }
 template <class Cfg>
-ETAP_DEVICE void release_piece(SharedStorage<Cfg>& smem, int index, int lane) {
-  __syncwarp();
-  if (lane == 0) smem.control.piece_empty[index % kPieceBuffers].arrive();
+ETAP_DEVICE void release_piece(SharedStorage<Cfg>& smem, int index) {
+  smem.control.piece_empty[index % kPieceBuffers].arrive();
 }
 
 }  // namespace etap

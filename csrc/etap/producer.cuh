@@ -154,7 +154,11 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CacheMaps const& maps, Shared
   RingPosition<Cfg> at{0, 0};
   ETAP_ROLLED
   for (int index = 0;; ++index) {
-    if (warp == 0 && (gather || index == 0)) post_piece(p, smem, index, lane);
+    if (warp == 0 && (gather || index == 0)) {
+      post_piece(p, smem, index, lane);
+    } else if (gather) {  // so that what it stored to the ring is before what is done behind the last piece
+      smem.control.piece_full[index % kPieceBuffers].arrive();
+    }
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
     if (!gather) {
@@ -173,7 +177,7 @@ ETAP_DEVICE void produce(MlaDecodeParams const& p, CacheMaps const& maps, Shared
     }
     lend_chunks(smem, at, piece, gather || lane == 0);
     keep(index);  // likewise
-    release_piece(smem, index, lane);
+    release_piece(smem, index);
   }
 }
 

@@ -55,7 +55,7 @@ ETAP_DEVICE void produce_scales(MlaDecodeParams const& p, SharedStorage<Cfg>& sm
     PieceInfo const& piece = await_piece(smem, index);
     if (piece.request < 0) break;
     load_piece_scales(p, smem, piece, lane);
-    release_piece(smem, index, lane);
+    release_piece(smem, index);
   }
 }
 

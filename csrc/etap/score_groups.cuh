@@ -95,7 +95,7 @@ ETAP_DEVICE void score_own_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& 
   constexpr uint32_t kStep = 32 / kDescriptorUnit;
   float4 const* const scales = smem.control.scales[scales_at.slot];
   float products[2][Cfg::kRowTile / 2];  // of the warpgroup's chunks
-  score_own_rope<T>(p, smem, pipe, offsets, at, st.group, st.lane, scores);
+  score_own_rope<T>(p, smem, pipe, offsets, at, st.group, scores);
   walk_own_keys(smem, pipe, offsets, at, st.group, [&](int g, Group const& a, uint32_t query) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -104,7 +104,7 @@ ETAP_DEVICE void score_own_groups(MlaDecodeParams const& p, SharedStorage<Cfg>& 
     }
     cute::warpgroup_commit_batch();
     if (g == 1) {  // the rope chunk's products are there
-      if constexpr (Cfg::kRope16) release_rope(smem, at, st.lane);
+      if constexpr (Cfg::kRope16) free_rope(smem, at.slot);
       scale_rope(p, smem, st, scores);
     } else if (g == 3) {  // those of the first chunk
       if (p.group_scale) smem.control.scales_full[scales_at.slot].wait(scales_at.parity);

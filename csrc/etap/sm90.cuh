@@ -70,15 +70,20 @@ ETAP_DEVICE void copy_16b(uint32_t to, void const* from, uint64_t hint) {
                : "r"(to), "l"(from), "l"(hint));
 }
 
-// ---- wgmma, both operands in shared memory. A is a 64-row tile, K- or MN-major; B is K-major.
+// ---- wgmma. A is a 64-row tile, K- or MN-major in shared memory; B is K-major there.
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
+// WgmmaRegisters: A from registers, of the same type as B.
 template <class T, int N, Major A>
 struct Wgmma;
-#define ETAP_WGMMA(T, N, NAME) \
-  template <Major A>           \
-  struct Wgmma<T, N, A> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_SS<A, Major::K> {};
+template <class T, int N>
+struct WgmmaRegisters;
+#define ETAP_WGMMA(T, N, NAME)                                                              \
+  template <Major A>                                                                        \
+  struct Wgmma<T, N, A> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_SS<A, Major::K> {}; \
+  template <>                                                                               \
+  struct WgmmaRegisters<T, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_RS<Major::K, Major::K> {};
 ETAP_WGMMA(__nv_bfloat16, 8, BF16BF16)
 ETAP_WGMMA(__nv_bfloat16, 16, BF16BF16)
 ETAP_WGMMA(__nv_bfloat16, 32, BF16BF16)
@@ -100,21 +105,7 @@ ETAP_DEVICE void wgmma(uint64_t a, uint64_t b, float (&d)[N / 2], ScaleOut scale
   wgmma_registers<Wgmma<T, N, A>>(a, b, d, scale, std::make_index_sequence<N / 2>{});
 }
 
-// A from registers, of the same type as B.
 using Group = uint32_t[4][4];  // A of four k16 steps: [step][register]
-
-template <class T, int N>
-struct WgmmaRegisters;
-#define ETAP_WGMMA(T, N, NAME) \
-  template <>                  \
-  struct WgmmaRegisters<T, N> : cute::SM90::GMMA::MMA_64x##N##x16_F32##NAME##_RS<Major::K, Major::K> {};
-ETAP_WGMMA(__nv_bfloat16, 8, BF16BF16)
-ETAP_WGMMA(__nv_bfloat16, 16, BF16BF16)
-ETAP_WGMMA(__nv_bfloat16, 32, BF16BF16)
-ETAP_WGMMA(__half, 8, F16F16)
-ETAP_WGMMA(__half, 16, F16F16)
-ETAP_WGMMA(__half, 32, F16F16)
-#undef ETAP_WGMMA
 
 template <class Atom, size_t R, size_t... I>
 ETAP_DEVICE void wgmma_registers(uint32_t const (&a)[4], uint64_t b, float (&d)[R], ScaleOut scale,
@@ -195,6 +186,12 @@ ETAP_DEVICE void load_matrices_transposed(uint32_t (&d)[Size], int at, uint32_t 
                : "=r"(d[at]), "=r"(d[at + 1]), "=r"(d[at + 2]), "=r"(d[at + 3])
                : "r"(address)
                : "memory");
+}
+
+// As EmptyBarrier::arrive, so many times at once.
+template <int Times>
+ETAP_DEVICE void arrive(EmptyBarrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "n"(Times) : "memory");
 }
 
 ETAP_DEVICE void store_shared(uint32_t address, uint32_t v) {

@@ -62,7 +62,7 @@ struct ScaleStorage<Cfg, true> {
   uint4 power[kConsumerGroups][4];         // of each group of columns, each warp's own copy: see raise_powers
   alignas(8) float rope_scale[Cfg::kRowTile];  // a rope score's factor to log2 units, where the rope part is e4m3
   FullBarrier scales_full[kScaleTiles];    // one arrival per thread that loads scales: 32 beside TMA, else 128
-  EmptyBarrier scales_empty[kScaleTiles];  // one arrival per consumer warp
+  EmptyBarrier scales_empty[kScaleTiles];  // one arrival per consumer thread
   int first_tile[kPieceBuffers];           // of each of Control::piece: tiles of this CTA before it, since launch
   int next_tile;                           // behind the last piece posted
 };
@@ -96,8 +96,9 @@ struct alignas(1024) SharedStorage : OperandsAndScores<Cfg> {
     float value_scale[Cfg::kE4m3 ? 4 : 1];             // e4m3: ckv_scale, by PieceInfo::table
     RowTarget rows[4][Cfg::kRowTile];  // of the two pending pieces, and of whole pieces in turn
     FullBarrier full[Cfg::kRing];      // TMA: 1 arrival + bytes; gather: 128 arrivals
-    EmptyBarrier empty[Cfg::kRing];    // 4 arrivals: the warps of the warpgroup that used the chunk last; wide: 8
-    EmptyBarrier piece_full[kPieceBuffers], piece_empty[kPieceBuffers];  // 1 arrival; one per warp that reads pieces
+    EmptyBarrier empty[Cfg::kRing];    // 128 arrivals: the threads that used the chunk last; wide: 256
+    EmptyBarrier piece_full[kPieceBuffers];   // 1 arrival; gather: and one per thread of the three other warps
+    EmptyBarrier piece_empty[kPieceBuffers];  // one arrival per thread that reads pieces
     PieceInfo piece[kPieceBuffers];    // request < 0: no more
     PieceCursor cursor;                // of the warp that posts the pieces
     int next_chunk, num_pending;       // behind the last piece posted
@@ -130,6 +131,17 @@ ETAP_DEVICE void await_previous_pass(SharedStorage<Cfg>& smem, RingPosition<Cfg>
     smem.control.empty[own.slot].wait(own.parity ^ 1);
   }
   __syncwarp();
+}
+
+// This thread is done with a rope chunk, or with a latent one that its warpgroup owns. Every lane arrives, behind its
+// own reads: that takes no longer than one lane's arrival (measured), and no barrier of the warp before it.
+template <class Cfg>
+ETAP_DEVICE void free_rope(SharedStorage<Cfg>& smem, uint32_t slot) {
+  smem.control.empty[slot].arrive();
+}
+template <class Cfg>
+ETAP_DEVICE void free_latent(SharedStorage<Cfg>& smem, uint32_t slot) {
+  arrive<Cfg::kOwnerArrivals>(smem.control.empty[slot]);
 }
 
 // The number of this CTA where `num_ctas` take part.
