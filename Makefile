@@ -3,7 +3,7 @@ SOURCES = etap_integration tests tools setup.py
 
 BUDGET ?= 600
 
-.PHONY: help build host test gpu-test gpu-all lint format types numerics overview doctor bench report clean
+.PHONY: help build host test gpu-test sanitize gpu-all lint format types numerics overview doctor bench report clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/: *##/:/'
@@ -19,6 +19,9 @@ test:           ## everything that runs here; GPU tests are skipped without a Ho
 
 gpu-test:       ## the GPU tests alone
 	$(PYTHON) -m pytest tests/gpu -q
+
+sanitize:       ## compute-sanitizer's memcheck and racecheck on every kernel; needs a Hopper GPU
+	$(PYTHON) -m tools.sanitize
 
 gpu-all:        ## the GPU tests and all benchmark grids, the most important first, in BUDGET seconds
 	$(PYTHON) -m tools.bench gpu-all --budget-s $(BUDGET)

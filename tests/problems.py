@@ -173,6 +173,43 @@ def draw(seed: int) -> Problem:
     return drawn.with_(cache_scale=2.0 ** r.choice((0, 0, 0, 10, 17, -20)) if drawn.dtype == torch.bfloat16 else 1.0)
 
 
+def reduced() -> list[Problem]:
+    """Few and short problems, for tools that take their time, such as compute-sanitizer.
+
+    Every kernel with TMA and with gathers; those of bf16 also with boxes of part of a tile, and element by element. The
+    CTAs go round each of their rings, have more pieces than they keep, and merge.
+    """
+    lengths = (330, 64, 0, 200, 70, 1, 65, 3, 129)
+    sixteen = [{"heads": h} for h in (8, 16, 32, 64)]
+    e4m3 = [{"heads": h, "e4m3": True, "scales": (0.375, 1.875)} for h in (8, 16, 32)]
+    groups = [{"heads": h, "e4m3": True, "groups": 6, "rope16": r} for h in (16, 32) for r in (False, True)]
+    kernels = [{**k, "precise": p} for k in (*sixteen, *e4m3, *groups) for p in (True, False)]
+    caches = {
+        torch.bfloat16: [
+            {"page_size": 64},
+            {"page_size": 16},
+            {"page_size": 1},
+            {"page_size": 16, "cache_layout": "odd"},
+        ],
+        torch.float16: [{"page_size": 64}, {"page_size": 1}],
+    }
+    problems = [
+        Problem(lengths, dtype=dtype, num_ctas=2, out_dtype=torch.float32 if i % 3 == 2 else None, **cache, **kernel)
+        for dtype, of_type in caches.items()
+        for cache in of_type
+        for i, kernel in enumerate(kernels)
+    ]
+    rope16 = Problem(lengths, e4m3=True, rope16=True, num_ctas=2)  # no scales of groups beside it
+    many = tuple(37 * i % 65 * (i % 3 == 0) for i in range(140))  # lengths in shared memory; dealt by rank
+    for page_size in (64, 1):
+        problems.append(rope16.with_(page_size=page_size))
+        problems.append(Problem(many, page_size=page_size, num_ctas=5))
+        problems.append(
+            Problem(lengths, heads=8, sq=3, causal=True, page_size=page_size, q_lens=(0, 3, 1, 2, 3, 1, 1, 2, 3))
+        )
+    return problems
+
+
 def build(p: Problem, device: torch.device | str) -> Built:
     """The problem's tensors on `device`."""
     generator = torch.Generator(device).manual_seed(p.seed)

@@ -1,0 +1,67 @@
+"""The reduced set, and the command that runs it under compute-sanitizer, for which a script stands in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from problems import Problem, default_p_parts, reduced
+from typer.testing import CliRunner
+
+from tools import sanitize
+
+
+def kernel_of(problem: Problem) -> tuple:
+    """(query dtype, cache, row tile, parts of P) of the kernel that runs a problem (csrc/etap/launch.h)."""
+    cache = "16-bit"
+    if problem.rope16:
+        cache = "e4m3 groups, 16-bit rope"
+    elif problem.groups is not None:
+        cache = "e4m3 groups"
+    elif problem.e4m3:
+        cache = "e4m3"
+    tiles = (8, 16, 32, 64) if cache == "16-bit" else (8, 16, 32) if cache == "e4m3" else (16, 32)
+    row_tile = next((t for t in tiles if problem.rows <= t), tiles[-1])
+    return problem.dtype, cache, row_tile, default_p_parts(problem)
+
+
+def test_the_reduced_set_has_every_kernel_with_tma_and_with_gathers(host: ModuleType) -> None:
+    kernels = {
+        (dtype, c["cache"], c["row_tile"], c["p_parts"])
+        for c in host.kernel_configs()
+        for dtype in (torch.bfloat16, torch.float16)
+    }
+    assert len(kernels) == 44
+    for page_size in (64, 1):
+        assert {kernel_of(p) for p in reduced() if p.page_size == page_size} == kernels
+
+
+@pytest.mark.parametrize("failing", [None, "memcheck", "racecheck"])
+def test_the_command_runs_both_and_fails_where_one_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str | None
+) -> None:
+    log = tmp_path / "log"
+    script = tmp_path / "compute-sanitizer"
+    script.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> {log}\n[ "$2" != "{failing}" ]\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    result = CliRunner().invoke(sanitize.app, ["-k", "7"])
+    assert (result.exit_code, result.output.count("failed")) == ((1, 1) if failing else (0, 0))
+    runs = log.read_text().splitlines()
+    assert [run.split()[:3] for run in runs] == [["1", "--tool", "memcheck"], ["1", "--tool", "racecheck"]]
+    assert all("--error-exitcode 1" in run and run.endswith("tests/gpu/test_reduced_gpu.py -k 7") for run in runs)
+
+
+def test_without_compute_sanitizer_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(sanitize, "find_spec", lambda name: None)
+    result = CliRunner().invoke(sanitize.app, [])
+    assert result.exit_code == 1 and "pip install nvidia-cuda-sanitizer-api" in str(result.output)
+
+
+def test_a_check_that_does_not_exist_is_refused() -> None:
+    result = CliRunner().invoke(sanitize.app, ["synccheck"])
+    assert result.exit_code == 2 and "there are memcheck, racecheck" in result.output
