@@ -109,9 +109,6 @@ PYBIND11_MODULE(_host, m) {
         "Pieces per CTA, by block index: (request, row tile, first tile, end tile, parts, part, workspace slot). "
         "Lengths in keys, tiles of 64 keys. uneven: as for kernels whose limit is memory (16-bit, P in two parts). "
         "Raises ValueError for inconsistent arguments.");
-  m.def("grid_of", [](long long tiles, long long requests, int sms) { return etap::grid_of(tiles, requests, sms); },
-        pybind11::arg("most_tiles"), pybind11::arg("most_requests"), pybind11::arg("sms"),
-        "CTAs to launch where there are at most so many tiles and virtual requests.");
   m.def("kernel_configs", [] {
     std::vector<pybind11::dict> list;
     add_configs<CacheFormat::kQueryType, 8, 16, 32, 64>(list);

@@ -77,7 +77,7 @@ def mla_decode(
       out: written and returned: the shape of q_nope, its dtype or float32, rows contiguous and 16-byte aligned.
         Default: new, in the dtype of q_nope.
       return_lse: return (out, lse) too.
-      num_ctas: how many SMs to use, 1 to all; default all that can have work, as the page table has room for keys.
+      num_ctas: how many SMs to use, 1 to all; default all.
       precise: split P into a high and a low 16-bit part. Default: yes, but not on H20-class GPUs, where the tensor
         cores are the limit; nor for a float8_e4m3fn cache, where P is float16 whatever the dtype of q_nope. With more
         than 32 query rows (max_seqlen_q x heads), False is 10 to 20% faster.

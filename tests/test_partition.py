@@ -121,30 +121,6 @@ def test_partition(partition, problem) -> None:
 
 
 @settings(deadline=None)
-@given(problems(), st.integers(0, 40_000))
-@example(([512] * 16, None, 16, 16, 132, True), 512)
-@example(([1024] * 16, None, 16, 16, 78, True), 1024)
-@example(([0, 32768], None, 16, 16, 132, True), 16384)
-@example(([60], None, 128, 8, 132, True), 64)
-def test_launched_ctas_are_all_that_can_have_work(host: ModuleType, partition, problem, capacity: int) -> None:
-    """With the CTAs that follow from the capacity alone, the work is cut as all SMs would have it, slots too."""
-    lengths, q_lens, heads, row_tile, num_ctas, uneven = problem
-    lengths = [min(n, capacity) for n in lengths]
-    row_tiles = -(-max(q_lens or [1], default=1) * heads // row_tile)
-    most_tiles, most_requests = (len(lengths) * row_tiles * n for n in (-(-capacity // TILE), 1))
-    grid = host.grid_of(most_tiles, most_requests, num_ctas)
-    assert grid == num_ctas or (grid == 64 < num_ctas and most_tiles <= 512 and most_requests <= 64)
-    of_grid, of_all = (partition(lengths, q_lens, heads, row_tile, n, uneven) for n in (grid, num_ctas))
-    assert sorted(filter(None, of_grid)) == sorted(filter(None, of_all))
-
-
-def test_few_tiles_at_most_are_launched_on_few_ctas(host: ModuleType) -> None:
-    assert host.grid_of(128, 16, 132) == host.grid_of(256, 64, 132) == host.grid_of(512, 7, 132) == 64
-    assert host.grid_of(257, 16, 132) == host.grid_of(512, 8, 132) == host.grid_of(513, 1, 132) == 132
-    assert host.grid_of(65, 65, 132) == 132 and host.grid_of(128, 16, 50) == 50
-
-
-@settings(deadline=None)
 @given(st.integers(1, 132), st.integers(1, 40), st.integers(0, 131))
 @example(16, 128, 4)
 def test_ctas_without_work_stand_evenly_among_the_others(partition, requests: int, tiles: int, fewer: int) -> None:

@@ -7,7 +7,6 @@
 
 #include "config.h"
 #include "params.h"
-#include "schedule.h"
 
 namespace etap {
 
@@ -34,16 +33,6 @@ int tma_box_rows(MlaDecodeParams const& params, int element_bytes);
 // is float16.
 constexpr int default_p_parts(CacheFormat cache, int sms) {
   return sms == 78 || cache != CacheFormat::kQueryType ? 1 : 2;
-}
-
-// How many CTAs to launch where `sms` SMs may be used: as many as can have work.
-inline int num_ctas_for(MlaDecodeParams const& p, int row_tile, int sms) {
-  auto const tiles = [](int64_t keys) { return (keys + kTileKeys - 1) / kTileKeys; };
-  int64_t const row_tiles = (int64_t(p.q_len) * p.num_heads + row_tile - 1) / row_tile;
-  int64_t const requests = p.batch * row_tiles;
-  // page_indptr: all requests share the entries, and each may end within a tile.
-  int64_t const most = p.page_indptr ? row_tiles * (tiles(p.capacity) + p.batch) : requests * tiles(p.capacity);
-  return grid_of(most, requests, sms);
 }
 
 // The workspace (workspace.cuh): a header of zeros, then words of 0xff bytes, before the first launch. After that it

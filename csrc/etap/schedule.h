@@ -114,14 +114,6 @@ ETAP_HD int ctas_of(int tiles, int virtual_requests, int grid) {
   return few && virtual_requests <= kFewCtas ? min_int(grid, kFewCtas) : grid;
 }
 
-// CTAs to launch on `sms` SMs, where the lengths are not known, but how many tiles and virtual requests there can be: if
-// few, those of ctas_of alone, for CTAs without work are not free (half of the grid: 2 to 4% of a short launch, 8% of 4
-// requests of 4K keys with 32 rows, measured).
-ETAP_HD int grid_of(long long most_tiles, long long most_requests, int sms) {
-  bool const few = most_tiles <= kFewTiles / 2 || (most_tiles <= kFewTiles && most_requests < kFewCtas / 8);
-  return few && most_requests <= kFewCtas ? min_int(sms, kFewCtas) : sms;
-}
-
 // How many tiles more than its even share a CTA may have. A CTA alone can draw 1.6 times (H200) to 2.2 times (H100) its
 // share of the memory's bandwidth; with long shares what the other cuts cost matters less.
 ETAP_HD int most_uneven(int ideal) { return ideal * 5 / 8 + 4; }

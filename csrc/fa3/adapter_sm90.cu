@@ -87,7 +87,7 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   config.cache = call.cache_is_e4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
   config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len, config.cache);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
-  config.num_ctas = num_ctas_for(params, config.row_tile, std::min(call.num_sm, kMaxCtas));
+  config.num_ctas = std::min(call.num_sm, kMaxCtas);
   check(acquire_workspace(device, stream, config, &params.workspace), "workspace");
   check(launch_mla_decode(params, config, stream), "launch");
 }

@@ -57,8 +57,7 @@ void launch(Call const& call, int device, cudaStream_t stream) {
   config.cache = call.ckv == Element::kE4m3 ? CacheFormat::kE4m3 : CacheFormat::kQueryType;
   config.row_tile = row_tile_for(int64_t(params.num_heads) * params.q_len, config.cache);
   config.p_parts = g_p_parts.load(std::memory_order_relaxed);
-  int const sms = static_cast<int>(std::min<int64_t>(call.num_sm, kMaxCtas));
-  config.num_ctas = num_ctas_for(params, config.row_tile, sms);
+  config.num_ctas = static_cast<int>(std::min<int64_t>(call.num_sm, kMaxCtas));
   check(acquire_workspace(device, stream, config, &params.workspace), "workspace");
   check(launch_mla_decode(params, config, stream), "launch");
 }

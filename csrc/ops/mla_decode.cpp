@@ -194,8 +194,7 @@ void mla_decode(at::Tensor const& q_nope, at::Tensor const& q_rope, at::Tensor c
   config.row_tile = row_tile_for(max_seqlen_q * params.num_heads, config.cache);
   config.p_parts = static_cast<int>(p_parts);
   int const sms = device->multiProcessorCount;
-  config.num_ctas = num_ctas == 0 ? num_ctas_for(params, config.row_tile, sms)
-                                  : static_cast<int>(std::min<int64_t>(num_ctas, sms));
+  config.num_ctas = num_ctas == 0 ? sms : static_cast<int>(std::min<int64_t>(num_ctas, sms));
   C10_CUDA_CHECK(acquire_workspace(q_nope.get_device(), stream, config, &params.workspace));
   C10_CUDA_CHECK(launch_mla_decode(params, config, stream));
 }
