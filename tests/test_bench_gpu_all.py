@@ -96,7 +96,7 @@ def test_steps_are_the_suites_then_the_grids(tmp_path):
     library, rivals = tmp_path / "libetap_mla.so", tmp_path / "rivals"
     steps = gpu_all.steps(library, rivals, tmp_path, ["--commit", "c"])
     kinds = [step.name.split()[0] for step in steps]
-    assert kinds == ["tests"] * 4 + ["grid"] * 6
+    assert kinds == ["tests"] * 5 + ["grid"] * 6
     suites = {part for step in steps for part in step.command(100.0) if part.startswith("tests/")}
     assert suites == {f"tests/gpu/{path.name}" for path in (records.ROOT / "tests/gpu").glob("test_*.py")}
     assert [step.missing for step in steps if step.missing] == ["no libetap_mla.so in etap-h20"]

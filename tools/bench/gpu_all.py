@@ -21,7 +21,7 @@ from pathlib import Path
 from .emulation import etap_library
 from .records import ROOT
 
-SUITES = ("mla_decode", "mla_decode_e4m3", "fa3", "flashinfer")
+SUITES = ("mla_decode", "mla_decode_e4m3", "fa3", "flashinfer", "reduced")
 GRIDS = ("bars", "full", "h20", "e4m3", "fp8_ds_mla", "ragged")
 SHARE = 0.5
 STARTUP_S = 25.0  # of a grid's process, until its own clock runs, and of its last cell
