@@ -47,6 +47,7 @@ def test_the_command_runs_both_and_fails_where_one_reports(
     script.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> {log}\n[ "$2" != "{failing}" ]\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sanitize, "has_hopper", lambda: True)
     result = CliRunner().invoke(sanitize.app, ["-k", "7"])
     assert (result.exit_code, result.output.count("failed")) == ((1, 1) if failing else (0, 0))
     runs = log.read_text().splitlines()
@@ -59,7 +60,15 @@ def test_without_compute_sanitizer_it_says_so(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(sanitize, "find_spec", lambda name: None)
     result = CliRunner().invoke(sanitize.app, [])
-    assert result.exit_code == 1 and "pip install nvidia-cuda-sanitizer-api" in str(result.output)
+    assert result.exit_code == sanitize.NOT_RUN and "pip install nvidia-cuda-sanitizer-api" in result.output
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tests would be skipped, which is no success."""
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: Path("compute-sanitizer"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(sanitize.app, [])
+    assert result.exit_code == sanitize.NOT_RUN and "no Hopper GPU" in result.output
 
 
 def test_a_check_that_does_not_exist_is_refused() -> None:

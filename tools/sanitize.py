@@ -15,9 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_RUN = 3
 CHECKS = {
     "memcheck": [],
     "racecheck": ["--racecheck-report", "analysis", "--racecheck-detect-level", "warn"],
@@ -32,6 +34,11 @@ def find_sanitizer() -> Path | None:
     if spec := find_spec("nvidia"):
         places += [p for base in spec.submodule_search_locations or () for p in Path(base).glob("*/compute-sanitizer")]
     return next((p / "compute-sanitizer" for p in places if (p / "compute-sanitizer").is_file()), None)
+
+
+def has_hopper() -> bool:
+    """Whether the tests would run."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def command(sanitizer: Path, check: str, select: str | None = None) -> list[str]:
@@ -51,13 +58,16 @@ def main(
     checks: Annotated[list[str] | None, typer.Argument(help="memcheck, racecheck; both if none is named.")] = None,
     select: Annotated[str | None, typer.Option("-k", help="Which problems, as pytest's -k.")] = None,
 ) -> None:
-    """Runs the reduced set under compute-sanitizer; ends with status 1 if it reports anything."""
+    """Runs the reduced set under compute-sanitizer. Status 1 if it reports anything, 3 if it could not be run."""
     if unknown := set(checks or ()) - set(CHECKS):
         raise typer.BadParameter(f"checks is {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        typer.echo("compute-sanitizer is not here: pip install nvidia-cuda-sanitizer-api, or set CUDA_HOME")
-        raise typer.Exit(1)
+        typer.echo("not run: compute-sanitizer is not here: pip install nvidia-cuda-sanitizer-api, or set CUDA_HOME")
+        raise typer.Exit(NOT_RUN)
+    if not has_hopper():  # where the tests would be skipped, and nothing reported
+        typer.echo("not run: no Hopper GPU")
+        raise typer.Exit(NOT_RUN)
     # torch's allocator keeps memory, in which an access past a tensor's end would not be one past an allocation's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = []
