@@ -1,4 +1,4 @@
-"""Finds and loads the built parts: the operator library and the host module.
+"""Finds and loads the built parts: the operator library and the host module; and says whether the GPU suits them.
 
 Nothing here raises at import. A part that cannot be loaded leaves a reason, and whoever needs the part raises with it.
 """
@@ -26,6 +26,11 @@ SCHEMA = (
     "Tensor? kpe_scale=None, float ckv_scale_value=1., float kpe_scale_value=1., Tensor? cache_batch_idx=None, "
     "Tensor? ckv_scale_arr=None) -> ()"
 )
+
+
+def on_hopper() -> bool:
+    """Whether the current CUDA device is a Hopper GPU."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def library_path() -> Path:

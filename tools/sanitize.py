@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
+from etap_integration._library import on_hopper
+from etap_integration.cli.output import CommandError, MissingError, out, reported
+
 ROOT = Path(__file__).resolve().parents[1]
-NOT_RUN = 3
 CHECKS = {
     "memcheck": [],
     "racecheck": ["--racecheck-report", "analysis", "--racecheck-detect-level", "warn"],
@@ -36,11 +37,6 @@ def find_sanitizer() -> Path | None:
     return next((p / "compute-sanitizer" for p in places if (p / "compute-sanitizer").is_file()), None)
 
 
-def has_hopper() -> bool:
-    """Whether the tests would run."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
 def command(sanitizer: Path, check: str, select: str | None = None) -> list[str]:
     """Its command line: reports of our kernels alone, and exit status 1 if there are any."""
     return [
@@ -54,6 +50,7 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
+@reported
 def main(
     checks: Annotated[list[str] | None, typer.Argument(help="memcheck, racecheck; both if none is named.")] = None,
     select: Annotated[str | None, typer.Option("-k", help="Which problems, as pytest's -k.")] = None,
@@ -63,21 +60,18 @@ def main(
         raise typer.BadParameter(f"checks is {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        typer.echo("not run: compute-sanitizer is not here: pip install nvidia-cuda-sanitizer-api, or set CUDA_HOME")
-        raise typer.Exit(NOT_RUN)
-    if not has_hopper():  # where the tests would be skipped, and nothing reported
-        typer.echo("not run: no Hopper GPU")
-        raise typer.Exit(NOT_RUN)
+        raise MissingError("compute-sanitizer is not here: pip install nvidia-cuda-sanitizer-api, or set CUDA_HOME")
+    if not on_hopper():  # where the tests would be skipped, and nothing reported
+        raise MissingError("needs a Hopper GPU")
     # torch's allocator keeps memory, in which an access past a tensor's end would not be one past an allocation's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     failed = []
     for check in checks or CHECKS:
-        typer.echo(f"{check}: {sanitizer}")
+        out.print(f"{check}: {sanitizer}", markup=False)
         if subprocess.run(command(sanitizer, check, select), cwd=ROOT, env=environment).returncode:
             failed.append(check)
     if failed:
-        typer.echo(f"failed: {', '.join(failed)}")
-        raise typer.Exit(1)
+        raise CommandError(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from etap_integration._library import on_hopper
 from etap_integration.cli import checkout, modelling
 from etap_integration.cli.output import CommandError, Exit, JsonOption, emit, err, out, plain, reported
 
 
 def _say(text: str) -> None:
     err.print(text, markup=False, style="dim")
-
-
-def _on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def _run_grid(folder: Path, arguments: list[str]) -> int:
@@ -64,7 +60,7 @@ def bench(
             problems.append(f"cannot build {', '.join(absent) or 'the throttled operator'}: {error}")
     if absent and not problems:
         problems.append(f"not built: {', '.join(absent)}")
-    if not _on_hopper():
+    if not on_hopper():
         problems.append("measuring needs a Hopper GPU")
     code = 0
     if not problems:

@@ -222,8 +222,7 @@ def overview(
     found = gather(offline)
     emit(as_json, found, lambda: _show(found))
     bad = any(patch.get("problems") for patch in found["patches"].values())
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if hopper and found["library"]["loaded"] and not as_json:
+    if _library.on_hopper() and found["library"]["loaded"] and not as_json:
         try:
             folder = checkout.root()
         except MissingError as reason:

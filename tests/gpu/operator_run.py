@@ -10,10 +10,10 @@ import torch
 from problems import Built, Problem, build, gpu_p_parts, judge
 
 from etap_integration import mla_decode
+from etap_integration._library import on_hopper
 
-_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 _FOUND = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
-NEEDS_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not _HOPPER, reason=f"needs a Hopper GPU, found {_FOUND}")]
+NEEDS_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not on_hopper(), reason=f"needs a Hopper GPU, found {_FOUND}")]
 DRAWN = int(os.environ.get("ETAP_TEST_PROBLEMS", "320"))
 
 

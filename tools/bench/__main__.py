@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from etap_integration._library import library_path
+from etap_integration._library import library_path, on_hopper
 
 from . import gpu_all, records, report, rivals, runner, trace
 from . import grid as grids
@@ -143,7 +143,7 @@ def run_gpu_all(
 
     FlashAttention-3 and FlashInfer are tested where they are installed. `collect` adds the rows to the recorded ones.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if not on_hopper():
         raise typer.BadParameter("needs a Hopper GPU")
     library = (library or library_path()).absolute()
     if not library.is_file():
